@@ -1,0 +1,145 @@
+// Package config is the agent's configuration: one YAML file, checked completely before
+// anything is touched. An error names file, line and what to do.
+package config
+
+import "time"
+
+// Config is the whole file. Zero values are replaced by the defaults named here when the
+// file is loaded; durations are written as in "10s", sizes as in "64MiB".
+type Config struct {
+	// Cluster is the name of the cluster, used in container, unit and firewall names:
+	// lower-case letters, digits and dashes, at most 32. Required.
+	Cluster string `yaml:"cluster"`
+	// Instance names this machine inside the cluster. Default: the host's name.
+	Instance string `yaml:"instance"`
+	Zone     string `yaml:"zone"`
+	// Share is the cluster's directory on the shared file system. Required, must exist.
+	Share string `yaml:"share"`
+	// ShareMount, if set, must be a mount point with Share on or below it; otherwise the
+	// agent refuses to run: an unmounted share must not look like an empty one.
+	ShareMount string `yaml:"share_mount"`
+	// Dir is the instance's own directory on a local disk: volume, forks, spool, state.
+	// Default /var/lib/dbsupervisor/<cluster>.
+	Dir string `yaml:"dir"`
+	// RunDir holds sockets and what must not outlive this boot.
+	// Default /run/dbsupervisor/<cluster>.
+	RunDir string `yaml:"run_dir"`
+	// Init says whether an agent may initialise a new cluster where there is none:
+	// "never" (default; use `dbsupervisor init`) or "once".
+	Init string `yaml:"init"`
+
+	Lease     Lease     `yaml:"lease"`
+	Sync      Sync      `yaml:"sync"`
+	Retention Retention `yaml:"retention"`
+	Database  Database  `yaml:"database"`
+	HTTP      HTTP      `yaml:"http"`
+	Failover  Failover  `yaml:"failover"`
+	Log       Log       `yaml:"log"`
+}
+
+// Lease has the timing of the single-writer lease. Checked: renew_interval < ttl/2,
+// op_timeout <= renew_interval, margin >= 1s/5 of ttl rounded, max_freeze inside the rest.
+type Lease struct {
+	Backend       string        `yaml:"backend"`        // "file" (default)
+	TTL           time.Duration `yaml:"ttl"`            // default 10s
+	RenewInterval time.Duration `yaml:"renew_interval"` // default 2s
+	OpTimeout     time.Duration `yaml:"op_timeout"`     // default 2s
+	Margin        time.Duration `yaml:"margin"`         // default 2s: kill time + clock error
+}
+
+// Sync says when and how snapshots are taken.
+type Sync struct {
+	// Schedule is a cron expression or "@every 30s". Default "@every 1m".
+	Schedule string `yaml:"schedule"`
+	// MaxFreeze bounds how long the database may stand still for a snapshot; a capture
+	// that would take longer is given up. Default 2s.
+	MaxFreeze time.Duration `yaml:"max_freeze"`
+	// Workers is how many files are read, compressed or restored at once. Default: CPUs.
+	Workers int `yaml:"workers"`
+	// MinFree is how much room on the local disk is always left to the database.
+	// Default 256MiB.
+	MinFree Size `yaml:"min_free"`
+	// ForkKeep is how long data set aside as a fork is kept. Default 168h.
+	ForkKeep time.Duration `yaml:"fork_keep"`
+}
+
+// Retention says how long snapshots stay: every one for All, one an hour for Hourly, one
+// a day for Daily. Grace is the time between condemning and deleting.
+type Retention struct {
+	All    time.Duration `yaml:"all"`    // default 1h
+	Hourly time.Duration `yaml:"hourly"` // default 24h
+	Daily  time.Duration `yaml:"daily"`  // default 168h
+	Grace  time.Duration `yaml:"grace"`  // default 1h
+}
+
+// Database describes the container. What is not set comes from the engine's profile.
+type Database struct {
+	Engine      string            `yaml:"engine"` // profile: "postgres", "generic"
+	Image       string            `yaml:"image"`
+	Pull        string            `yaml:"pull"` // "missing" (default), "always", "never"
+	Entrypoint  []string          `yaml:"entrypoint"`
+	Command     []string          `yaml:"command"`
+	Env         map[string]string `yaml:"env"`
+	EnvFile     string            `yaml:"env_file"`
+	User        string            `yaml:"user"`
+	DataPath    string            `yaml:"data_path"` // where the volume is mounted in the container
+	Mounts      []Mount           `yaml:"mounts"`    // further bind mounts: configuration, certificates
+	Ports       []Port            `yaml:"ports"`     // the first is the database's main port
+	ShmSize     Size              `yaml:"shm_size"`
+	Memory      Size              `yaml:"memory"`
+	CPUs        float64           `yaml:"cpus"`
+	Ulimits     map[string]int64  `yaml:"ulimits"`
+	CapAdd      []string          `yaml:"cap_add"`
+	CapDrop     []string          `yaml:"cap_drop"`
+	Sysctls     map[string]string `yaml:"sysctls"`
+	Network     string            `yaml:"network"` // Docker network; default "bridge"
+	StopSignal  string            `yaml:"stop_signal"`
+	StopTimeout time.Duration     `yaml:"stop_timeout"`
+	// Probe is a command run in the container that exits 0 when the database answers;
+	// empty means the profile's probe, and for "generic" a TCP connection to the main port.
+	Probe         []string      `yaml:"probe"`
+	ProbeInterval time.Duration `yaml:"probe_interval"` // default 2s
+	ProbeTimeout  time.Duration `yaml:"probe_timeout"`  // default 5s
+	// StartTimeout is how long a start (crash recovery included) may take. Default 5m.
+	StartTimeout time.Duration `yaml:"start_timeout"`
+	// BeforeFreeze and AfterFreeze are commands run in the container around each capture.
+	BeforeFreeze []string `yaml:"before_freeze"`
+	AfterFreeze  []string `yaml:"after_freeze"`
+	// After MaxRestarts deaths within RestartWindow the term is given up.
+	MaxRestarts   int           `yaml:"max_restarts"`   // default 3
+	RestartWindow time.Duration `yaml:"restart_window"` // default 10m
+}
+
+// Mount is a bind mount.
+type Mount struct {
+	Source   string `yaml:"source"`
+	Target   string `yaml:"target"`
+	ReadOnly bool   `yaml:"read_only"`
+}
+
+// Port publishes a port of the container. Host 0 means the same number.
+type Port struct {
+	Container int    `yaml:"container"`
+	Host      int    `yaml:"host"`
+	Address   string `yaml:"address"` // default: all addresses
+}
+
+// HTTP is the read-only endpoint for load balancers and Prometheus.
+type HTTP struct {
+	Listen string `yaml:"listen"` // default ":8008"
+}
+
+// Failover says whether this instance may become primary by itself.
+type Failover struct {
+	// NoFailover keeps this instance from ever becoming primary.
+	NoFailover bool `yaml:"nofailover"`
+}
+
+// Log configures hclog.
+type Log struct {
+	Level string `yaml:"level"` // trace, debug, info (default), warn, error
+	JSON  bool   `yaml:"json"`
+}
+
+// Size is a number of bytes, written as "64MiB", "1GB" or a plain number.
+type Size int64
