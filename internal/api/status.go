@@ -1,0 +1,198 @@
+// Package api is what the agent tells and what it can be asked for: the status that
+// people and programs read, the interface that the supervisor implements, the root-only
+// unix socket between command line and agent, and the read-only HTTP endpoints for load
+// balancers and Prometheus.
+package api
+
+import "time"
+
+// Role says in one word what this instance is for the cluster right now.
+type Role string
+
+// The roles of an instance.
+const (
+	RolePrimary  Role = "primary"  // holds a live term and its database accepts writes
+	RoleStandby  Role = "standby"  // follows head, ready to take over
+	RoleStarting Role = "starting" // holds the term; the database does not answer yet
+	RoleHandoff  Role = "handoff"  // is giving the term up in a planned move
+	RoleFenced   Role = "fenced"   // lost the term; the database is being or has been killed
+	RoleDown     Role = "down"     // no agent, or one that can do nothing
+)
+
+// Status is everything that is known about this instance and its cluster at one moment.
+// Its JSON is stable: fields may be added, not renamed. Pointers are null when unknown or
+// when the field has no meaning in this role.
+type Status struct {
+	Role Role `json:"role"`
+	// State is the supervisor's own name of what it is doing ("acquiring", "hydrating");
+	// finer than Role, for people and logs.
+	State string `json:"state"`
+	// Degraded lists in plain words why the role's duty is not wholly fulfilled (snapshots
+	// fail, lease can't be renewed, local copy can't be updated). Empty means all is well.
+	Degraded []string `json:"degraded,omitempty"`
+	// Source is "agent", or "register" when no agent ran and the register was read.
+	Source string `json:"source"`
+	// At is the time of day at which this was put together.
+	At time.Time `json:"at"`
+	// Version is the agent's program version.
+	Version string `json:"version,omitempty"`
+
+	Cluster     string `json:"cluster"`
+	ClusterID   string `json:"cluster_id,omitempty"`
+	Instance    string `json:"instance"`
+	Incarnation string `json:"incarnation,omitempty"`
+	Zone        string `json:"zone,omitempty"`
+
+	Term      uint64  `json:"term"`
+	Primary   Primary `json:"primary"` // who holds (if Released: last held) the term
+	Released  bool    `json:"released"`
+	Successor string  `json:"successor,omitempty"`
+	Paused    bool    `json:"paused"`
+
+	Lease      Lease       `json:"lease"`
+	Head       *Head       `json:"head"`
+	LastCommit *LastCommit `json:"last_commit"`
+	// LossWindowSeconds is how many seconds of writes would be lost if this primary were
+	// lost now: the time since the freeze of the last committed snapshot, or since the
+	// last look that found the volume unchanged. Null when not primary or unknown.
+	LossWindowSeconds *float64 `json:"loss_window_seconds"`
+
+	Local     Local     `json:"local"`
+	Database  Database  `json:"database"`
+	Sync      Sync      `json:"sync"`
+	Forks     []Fork    `json:"forks"`
+	LastError *Problem  `json:"last_error"`
+	Gate      Gate      `json:"gate"`
+	Guard     Guard     `json:"guard"`
+	Progress  *Progress `json:"progress"`
+	// History is the newest few entries, newest last.
+	History []Event `json:"history"`
+}
+
+// Primary says who holds the term and where its database is.
+type Primary struct {
+	Instance string `json:"instance"`
+	Address  string `json:"address,omitempty"` // host:port for writers
+	HTTP     string `json:"http,omitempty"`    // host:port of its agent's endpoints
+	Zone     string `json:"zone,omitempty"`
+	Self     bool   `json:"self"` // it is this instance
+}
+
+// Lease is this instance's view of the lease.
+type Lease struct {
+	// Holding says that this instance's term is valid at this moment.
+	Holding bool `json:"holding"`
+	// DeadlineInMS is the time until this instance must have stopped writing; null when
+	// it does not hold the lease.
+	DeadlineInMS *int64 `json:"deadline_in_ms"`
+	// ChallengeInMS is the time until this instance may try to acquire; null when it holds.
+	ChallengeInMS *int64 `json:"challenge_in_ms,omitempty"`
+	TTLMS         int64  `json:"ttl_ms"`
+	Version       uint64 `json:"version"` // of the register's newest known record
+	// LastContactMS is how long ago the register was last reached; null: not yet.
+	LastContactMS *int64 `json:"last_contact_ms"`
+	Error         string `json:"error,omitempty"`
+}
+
+// Head is the newest committed snapshot of the cluster.
+type Head struct {
+	ID         string    `json:"id"`
+	Seq        uint64    `json:"seq"`
+	Term       uint64    `json:"term"`
+	Frozen     time.Time `json:"frozen"`
+	AgeSeconds float64   `json:"age_seconds"` // by this instance's time of day
+}
+
+// LastCommit is the last snapshot that this incarnation committed.
+type LastCommit struct {
+	ID           string    `json:"id"`
+	At           time.Time `json:"at"`
+	FreezeMS     float64   `json:"freeze_ms"`
+	ChangedBytes int64     `json:"changed_bytes"` // of the volume, uncompressed
+	StoredBytes  int64     `json:"stored_bytes"`  // written to the share
+	DurationMS   float64   `json:"duration_ms"`   // from the first look to the commit
+}
+
+// Local is this instance's copy of the volume.
+type Local struct {
+	VolumeID        string `json:"volume_id,omitempty"`
+	Phase           string `json:"phase"` // empty, applying, clean, live
+	Base            string `json:"base"`  // ID of the snapshot that it descends from
+	BehindSnapshots int64  `json:"behind_snapshots"`
+	BehindBytes     int64  `json:"behind_bytes"` // 0 when not known
+	// FreeBytes is the room left on the local disk; null when not known.
+	FreeBytes *int64 `json:"free_bytes,omitempty"`
+}
+
+// Database is the container and whether it answers.
+type Database struct {
+	Container string     `json:"container,omitempty"` // name
+	Image     string     `json:"image,omitempty"`
+	Running   bool       `json:"running"`
+	Healthy   bool       `json:"healthy"` // the last probe was answered
+	LastProbe *time.Time `json:"last_probe"`
+	Error     string     `json:"error,omitempty"`
+	Restarts  int        `json:"restarts"` // deaths in this term that were answered by a restart
+}
+
+// Sync is the state of the snapshot schedule.
+type Sync struct {
+	Schedule            string     `json:"schedule"`
+	Next                *time.Time `json:"next"`
+	Running             bool       `json:"running"`
+	ConsecutiveFailures int        `json:"consecutive_failures"`
+	LastError           string     `json:"last_error,omitempty"`
+	Tier                string     `json:"tier,omitempty"` // how change is found: "hashed", …
+	Commits             int64      `json:"commits"`        // of this incarnation
+	Failures            int64      `json:"failures"`       // of this incarnation
+}
+
+// Fork is data that was set aside because the cluster's history went on without it.
+type Fork struct {
+	Name      string    `json:"name"`
+	Path      string    `json:"path"`
+	Reason    string    `json:"reason"`
+	At        time.Time `json:"at"`
+	Term      uint64    `json:"term,omitempty"`
+	Base      string    `json:"base,omitempty"` // the snapshot that it descends from
+	Bytes     int64     `json:"bytes,omitempty"`
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+}
+
+// Problem is something that went wrong and what a person can do about it.
+type Problem struct {
+	What string    `json:"what"`
+	Hint string    `json:"hint,omitempty"`
+	At   time.Time `json:"at"`
+}
+
+// Gate is the kernel's gate in front of the write port.
+type Gate struct {
+	Open        bool   `json:"open"`
+	RemainingMS int64  `json:"remaining_ms"` // until the kernel closes it by itself
+	Error       string `json:"error,omitempty"`
+}
+
+// Guard is the process that kills the database at the deadline.
+type Guard struct {
+	OK    bool   `json:"ok"`
+	Error string `json:"error,omitempty"`
+}
+
+// Progress is how far long work has come. Total 0 means "not known".
+type Progress struct {
+	Phase string `json:"phase"`
+	Done  int64  `json:"done"`
+	Total int64  `json:"total"`
+}
+
+// Event is one entry of the instance's history: one transition.
+type Event struct {
+	At       time.Time `json:"at"`
+	Instance string    `json:"instance,omitempty"`
+	Term     uint64    `json:"term"`
+	Kind     string    `json:"kind"` // "acquired", "released", "fenced", "committed", …
+	From     string    `json:"from,omitempty"`
+	To       string    `json:"to,omitempty"`
+	Text     string    `json:"text"`
+}
