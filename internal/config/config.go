@@ -12,7 +12,12 @@ type Config struct {
 	Cluster string `yaml:"cluster"`
 	// Instance names this machine inside the cluster. Default: the host's name.
 	Instance string `yaml:"instance"`
-	Zone     string `yaml:"zone"`
+	// Zone is where it runs ("eu-central-1a"), for people and for choosing a successor.
+	Zone string `yaml:"zone"`
+	// Advertise is the host name or IP address under which clients and the other
+	// instances reach this machine; it is written to the register. Default: the address
+	// that this machine's default route uses.
+	Advertise string `yaml:"advertise"`
 	// Share is the cluster's directory on the shared file system. Required, must exist.
 	Share string `yaml:"share"`
 	// ShareMount, if set, must be a mount point with Share on or below it; otherwise the
@@ -35,10 +40,14 @@ type Config struct {
 	HTTP      HTTP      `yaml:"http"`
 	Failover  Failover  `yaml:"failover"`
 	Log       Log       `yaml:"log"`
+
+	src *source // where the keys are in the file; nil for a Config made by hand
 }
 
-// Lease has the timing of the single-writer lease. Checked: renew_interval < ttl/2,
-// op_timeout <= renew_interval, margin >= 1s/5 of ttl rounded, max_freeze inside the rest.
+// Lease has the timing of the single-writer lease. Checked when the file is loaded:
+// renew_interval < ttl/2; op_timeout <= renew_interval; margin >= the larger of 1s and
+// ttl/5; renew_interval + op_timeout < ttl - margin, so that one renewal may fail; and
+// sync.max_freeze < ttl - margin - renew_interval.
 type Lease struct {
 	Backend       string        `yaml:"backend"`        // "file" (default)
 	TTL           time.Duration `yaml:"ttl"`            // default 10s
@@ -72,7 +81,8 @@ type Retention struct {
 	Grace  time.Duration `yaml:"grace"`  // default 1h
 }
 
-// Database describes the container. What is not set comes from the engine's profile.
+// Database describes the container. What is not set comes from the engine's profile; a
+// list that is set to [] is empty, whatever the profile says.
 type Database struct {
 	Engine      string            `yaml:"engine"` // profile: "postgres", "generic"
 	Image       string            `yaml:"image"`
@@ -80,7 +90,7 @@ type Database struct {
 	Entrypoint  []string          `yaml:"entrypoint"`
 	Command     []string          `yaml:"command"`
 	Env         map[string]string `yaml:"env"`
-	EnvFile     string            `yaml:"env_file"`
+	EnvFile     string            `yaml:"env_file"` // KEY=VALUE lines, for secrets; wins over env
 	User        string            `yaml:"user"`
 	DataPath    string            `yaml:"data_path"` // where the volume is mounted in the container
 	Mounts      []Mount           `yaml:"mounts"`    // further bind mounts: configuration, certificates
@@ -95,8 +105,9 @@ type Database struct {
 	Network     string            `yaml:"network"` // Docker network; default "bridge"
 	StopSignal  string            `yaml:"stop_signal"`
 	StopTimeout time.Duration     `yaml:"stop_timeout"`
-	// Probe is a command run in the container that exits 0 when the database answers;
-	// empty means the profile's probe, and for "generic" a TCP connection to the main port.
+	// Probe is a command run in the container that exits 0 when the database answers; not
+	// set means the profile's. After the profile was merged in, an empty Probe means a TCP
+	// connection to the main port.
 	Probe         []string      `yaml:"probe"`
 	ProbeInterval time.Duration `yaml:"probe_interval"` // default 2s
 	ProbeTimeout  time.Duration `yaml:"probe_timeout"`  // default 5s

@@ -1,0 +1,87 @@
+package config
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/hashicorp/go-hclog"
+)
+
+// settle is how long a file must have been left alone before it is read again: editors
+// and deployment tools write in several steps.
+const settle = 300 * time.Millisecond
+
+// Watch follows a configuration file and sends every new content that is valid. A file that
+// is invalid or gone is logged with everything that is wrong with it, and the last good one
+// stays in force. The channel is closed when ctx ends; a configuration that was not taken
+// yet is replaced by a newer one.
+//
+// The directory is watched, not the file, so that a file that is replaced by renaming
+// another over it (or a symbolic link that is switched) is followed too.
+func Watch(ctx context.Context, path string, log hclog.Logger) (<-chan *Config, error) {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("watch configuration: %w", err)
+	}
+	if err := w.Add(filepath.Dir(path)); err != nil {
+		_ = w.Close()
+		return nil, fmt.Errorf("watch configuration: %w", err)
+	}
+	last, err := os.ReadFile(path)
+	if err != nil {
+		last = nil // it will be new when it appears
+	}
+	out := make(chan *Config, 1)
+	go watch(ctx, w, path, last, log, out)
+	return out, nil
+}
+
+func watch(ctx context.Context, w *fsnotify.Watcher, path string, last []byte, log hclog.Logger, out chan *Config) {
+	defer close(out)
+	defer w.Close()
+	timer := time.NewTimer(settle)
+	timer.Stop()
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case _, ok := <-w.Events:
+			if !ok {
+				return
+			}
+			// Any event of the directory: what is read decides, not what was reported.
+			timer.Reset(settle)
+		case err, ok := <-w.Errors:
+			if !ok {
+				return
+			}
+			log.Warn("configuration watch has lost events, reading the file again", "error", err)
+			timer.Reset(settle)
+		case <-timer.C:
+			data, err := os.ReadFile(path)
+			if err == nil && bytes.Equal(data, last) {
+				continue
+			}
+			if err != nil && last == nil {
+				continue // was gone before
+			}
+			last = data
+			c, err := Load(path)
+			if err != nil {
+				log.Error("new configuration is invalid, keeping the old one", "error", err)
+				continue
+			}
+			select {
+			case <-out: // nobody took the last one; it is out of date
+			default:
+			}
+			out <- c
+		}
+	}
+}
