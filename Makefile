@@ -1,4 +1,102 @@
-.PHONY: test
-test:
+# `make test` and `make demo` are all that is needed on a fresh Debian machine with Go, as
+# root: what else they need they install. docs/TESTING.md says what each target does.
+
+SHELL        := /bin/bash
+.SHELLFLAGS  := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+VERSION      := $(shell scripts/version.sh)
+GOLANGCI     := v2.15.0
+LDFLAGS      := -X main.version=$(VERSION)
+
+# Unit packages: no Docker with -short. ./tests/... are several processes and an engine.
+UNIT         := ./cmd/... ./internal/...
+TESTTIMEOUT  ?= 20m
+ARGS         ?=
+
+PREFIX       ?= /usr/local
+DESTDIR      ?=
+SYSCONFDIR   ?= /etc
+UNITDIR      ?= $(SYSCONFDIR)/systemd/system
+TMPFILESDIR  ?= $(SYSCONFDIR)/tmpfiles.d
+
+.PHONY: build test test-short unit integration vet lint model demo soak bench \
+	install uninstall clean tools docker image
+
+build: build/dbsupervisor
+
+# Go knows best whether anything changed, so it is asked every time.
+.PHONY: build/dbsupervisor
+build/dbsupervisor:
+	@mkdir -p build
+	@if [ -e cmd/dbsupervisor/main.go ]; then \
+		CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/dbsupervisor; fi
+
+tools:
+	@scripts/ensure-tools.sh race model image integration
+
+docker: tools
+	@scripts/ensure-docker.sh
+
+image: docker
+	@packaging/images/postgres/ensure.sh
+
+vet:
 	go vet ./...
-	go test ./...
+
+lint:
+	@scripts/lint.sh $(GOLANGCI)
+
+model:
+	@scripts/ensure-tools.sh model
+	@if [ -x tests/model/run.sh ]; then tests/model/run.sh $(ARGS); else echo 'no model yet'; fi
+
+# Everything. The cheap parts first, so that a typo is not found after ten minutes; the
+# tests last, so that the last lines say what passed.
+test: image build
+	@LINT=auto scripts/lint.sh $(GOLANGCI)
+	go vet ./...
+	@$(MAKE) --no-print-directory model
+	go test -race -timeout $(TESTTIMEOUT) $(ARGS) $(UNIT)
+	@$(MAKE) --no-print-directory integration
+
+# -p 1: the packages share one engine, one kernel firewall and two processors.
+integration: image build
+	@if [ -n "$$(go list ./tests/... 2>/dev/null)" ]; then \
+		echo "go test -p 1 ./tests/..."; \
+		go test -count=1 -p 1 -timeout $(TESTTIMEOUT) $(ARGS) ./tests/...; fi
+
+# Without Docker, without root.
+test-short:
+	@scripts/ensure-tools.sh race
+	go vet ./...
+	go test -race -short -timeout 5m $(ARGS) $(UNIT)
+
+demo: image build
+	@KEEP=$(KEEP) scripts/demo.sh
+
+soak: image build
+	@scripts/soak.sh
+
+bench: image build
+	@scripts/bench.sh
+
+install: build
+	install -D -m 0755 build/dbsupervisor $(DESTDIR)$(PREFIX)/bin/dbsupervisor
+	install -d -m 0755 $(DESTDIR)$(UNITDIR) $(DESTDIR)$(TMPFILESDIR) $(DESTDIR)$(SYSCONFDIR)/dbsupervisor
+	for u in packaging/systemd/*.service packaging/systemd/*.slice; do \
+		sed 's|@BINDIR@|$(PREFIX)/bin|g; s|@SYSCONFDIR@|$(SYSCONFDIR)|g' $$u \
+			>$(DESTDIR)$(UNITDIR)/$$(basename $$u); done
+	install -m 0644 packaging/systemd/dbsupervisor.tmpfiles $(DESTDIR)$(TMPFILESDIR)/dbsupervisor.conf
+	for e in examples/*.yaml; do [ ! -e $$e ] || \
+		install -m 0644 $$e $(DESTDIR)$(SYSCONFDIR)/dbsupervisor/$$(basename $$e).example; done
+	if [ -z '$(DESTDIR)' ] && [ -d /run/systemd/system ]; then \
+		systemd-tmpfiles --create dbsupervisor.conf && systemctl daemon-reload; fi
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/dbsupervisor $(DESTDIR)$(TMPFILESDIR)/dbsupervisor.conf
+	for u in packaging/systemd/*.service packaging/systemd/*.slice; do \
+		rm -f $(DESTDIR)$(UNITDIR)/$$(basename $$u); done
+
+clean:
+	rm -rf build

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Installs what the make targets need from Debian packages; says nothing when all is there.
+#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+packages=()
+# want COMMAND PACKAGE...: by command where there is one, so that a tool that was installed
+# by other means counts.
+want() {
+	local cmd=$1
+	shift
+	have "$cmd" || packages+=("$@")
+}
+
+export PATH=$PATH:/usr/sbin:/sbin
+[ $# -gt 0 ] || set -- race model image integration lint
+for group in "$@"; do
+	case $group in
+	race) # the race detector needs cgo
+		want gcc gcc libc6-dev ;;
+	model)
+		want spin spin
+		want gcc gcc libc6-dev ;;
+	image)
+		want debootstrap debootstrap
+		[ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || packages+=(debian-archive-keyring)
+		want flock util-linux ;;
+	integration)
+		want nft nftables
+		want mkfs.xfs xfsprogs
+		want losetup mount
+		want ip iproute2 ;;
+	lint)
+		want shellcheck shellcheck ;;
+	*) die "unknown group $group" ;;
+	esac
+done
+[ ${#packages[@]} -eq 0 ] || apt_install "${packages[@]}"
+
+for group in "$@"; do
+	if [ "$group" = integration ] && [ ! -e /dev/fuse ]; then
+		# The faulty share of the tests is a FUSE file system, mounted without fusermount.
+		need_root "create /dev/fuse"
+		modprobe fuse 2>/dev/null || true
+		[ -e /dev/fuse ] || mknod -m 0666 /dev/fuse c 10 229
+	fi
+done
