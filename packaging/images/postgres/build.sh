@@ -41,62 +41,8 @@ need_root "build an image with debootstrap"
 only_one postgres-image
 [ "$(label "$TAG")" != "$content" ] || exit 0
 
-# apt_uris SUITE: where apt gets SUITE from, read from both forms of its configuration.
-apt_uris() {
-	local list=()
-	[ ! -f /etc/apt/sources.list ] || list+=(/etc/apt/sources.list)
-	local f
-	for f in /etc/apt/sources.list.d/*.list; do [ ! -f "$f" ] || list+=("$f"); done
-	if [ ${#list[@]} -gt 0 ]; then
-		# deb [options] uri suite component...
-		sed -nE 's/^[[:space:]]*deb[[:space:]]+(\[[^]]*\][[:space:]]+)?([^[:space:]]+)[[:space:]]+([^[:space:]]+).*/\2 \3/p' "${list[@]}" |
-			awk -v s="$1" '{ sub("/$", "", $2) } $2 == s { print $1 }'
-	fi
-	for f in /etc/apt/sources.list.d/*.sources; do
-		[ -f "$f" ] || continue
-		# One stanza per source, separated by blank lines; a folded field goes on with a blank.
-		awk -v s="$1" '
-			function flush(  n, m, i, j, us, ss) {
-				if (types ~ /(^| )deb( |$)/ && tolower(enabled) !~ /^ *(no|false|0) *$/) {
-					n = split(uris, us, " "); m = split(suites, ss, " ")
-					for (i = 1; i <= n; i++) for (j = 1; j <= m; j++)
-						if (ss[j] == s) print us[i]
-				}
-				types = uris = suites = enabled = field = ""
-			}
-			/^[ \t]*$/ { flush(); next }
-			/^#/ { next }
-			/^[ \t]/ { val = $0 }
-			/^[^ \t]/ { field = tolower($0); sub(/:.*/, "", field); val = $0; sub(/^[^:]*:/, "", val) }
-			{ gsub(/[ \t]+/, " ", val) }
-			field == "types" { types = types " " val }
-			field == "uris" { uris = uris " " val }
-			field == "suites" { suites = suites " " val }
-			field == "enabled" { enabled = val }
-			END { flush() }' "$f"
-	done
-}
-
-# one_mirror: the first usable address; a mirror list is resolved by apt, but debootstrap wants one host.
-one_mirror() {
-	local uri
-	while read -r uri; do
-		case $uri in
-		http://* | https://* | file:/* | copy:/*) ;;
-		mirror+file:/*)
-			uri=$(awk '/^(http|https|file|copy):/ { print $1; exit }' "${uri#mirror+file:}") ;;
-		*) continue ;;
-		esac
-		[ -n "$uri" ] || continue
-		echo "${uri%/}"
-		return 0
-	done
-	return 1
-}
-
 if ! docker image inspect "$BASE:$base" >/dev/null 2>&1; then
-	mirror=$(apt_uris "$codename" | one_mirror) ||
-		die "no mirror for $codename in /etc/apt: add one to sources.list"
+	mirror=$("$here/mirror.sh" "$codename")
 	have debootstrap || apt_install debootstrap
 	say "building the image from the Debian packages of $codename (about a minute)"
 	work=$(mktemp -d "${TMPDIR:-/var/tmp}/dbsupervisor-image.XXXXXX")
@@ -105,7 +51,7 @@ if ! docker image inspect "$BASE:$base" >/dev/null 2>&1; then
 	{
 		echo "deb $mirror $codename main"
 		for suite in "$codename-updates" "$codename-security"; do
-			if uri=$(apt_uris "$suite" | one_mirror); then echo "deb $uri $suite main"; fi
+			if uri=$("$here/mirror.sh" "$suite" 2>/dev/null); then echo "deb $uri $suite main"; fi
 		done
 	} >"$work/sources.list"
 	MIRROR=$mirror CODENAME=$codename ARCH=$arch SOURCES=$work/sources.list \
