@@ -51,9 +51,9 @@ type Config struct {
 type Lease struct {
 	Backend       string        `yaml:"backend"`        // "file" (default)
 	TTL           time.Duration `yaml:"ttl"`            // default 10s
-	RenewInterval time.Duration `yaml:"renew_interval"` // default 2s
-	OpTimeout     time.Duration `yaml:"op_timeout"`     // default 2s
-	Margin        time.Duration `yaml:"margin"`         // default 2s: kill time + clock error
+	RenewInterval time.Duration `yaml:"renew_interval"` // default ttl/5
+	OpTimeout     time.Duration `yaml:"op_timeout"`     // default renew_interval
+	Margin        time.Duration `yaml:"margin"`         // kill time + clock error; default the larger of 1s and ttl/5
 }
 
 // Sync says when and how snapshots are taken.
@@ -61,7 +61,8 @@ type Sync struct {
 	// Schedule is a cron expression or "@every 30s". Default "@every 1m".
 	Schedule string `yaml:"schedule"`
 	// MaxFreeze bounds how long the database may stand still for a snapshot; a capture
-	// that would take longer is given up. Default 2s.
+	// that would take longer is given up. Default 2s, less when the lease's times leave
+	// no room for it.
 	MaxFreeze time.Duration `yaml:"max_freeze"`
 	// Workers is how many files are read, compressed or restored at once. Default: CPUs.
 	Workers int `yaml:"workers"`

@@ -93,14 +93,8 @@ func Parse(name string, data []byte) (*Config, error) {
 func Default() *Config {
 	return &Config{
 		Init: "never",
-		Lease: Lease{
-			Backend: "file", TTL: 10 * time.Second, RenewInterval: 2 * time.Second,
-			OpTimeout: 2 * time.Second, Margin: 2 * time.Second,
-		},
-		Sync: Sync{
-			Schedule: "@every 1m", MaxFreeze: 2 * time.Second, Workers: runtime.NumCPU(),
-			MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour,
-		},
+		Lease: Lease{Backend: "file", TTL: 10 * time.Second},
+		Sync:  Sync{Schedule: "@every 1m", Workers: runtime.NumCPU(), MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour},
 		Retention: Retention{All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour, Grace: time.Hour},
 		Database: Database{
 			Pull: "missing", Network: "bridge", ProbeInterval: 2 * time.Second, ProbeTimeout: 5 * time.Second,
@@ -125,6 +119,20 @@ func (c *Config) derive() error {
 	}
 	if c.RunDir == "" {
 		c.RunDir = "/run/dbsupervisor/" + c.Cluster
+	}
+	l := &c.Lease
+	if !c.Has("lease.renew_interval") {
+		l.RenewInterval = l.TTL / 5
+	}
+	if !c.Has("lease.op_timeout") {
+		l.OpTimeout = max(l.RenewInterval, minOp)
+	}
+	if !c.Has("lease.margin") {
+		l.Margin = max(time.Second, l.TTL/5)
+	}
+	if !c.Has("sync.max_freeze") {
+		// At least something, so that times that don't fit are blamed on the lease's keys.
+		c.Sync.MaxFreeze = max(time.Millisecond, min(2*time.Second, (l.TTL-l.Margin-l.RenewInterval)/2))
 	}
 	for _, p := range []*string{&c.Share, &c.ShareMount, &c.Dir, &c.RunDir} {
 		if *p != "" {

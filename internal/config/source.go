@@ -25,12 +25,16 @@ func (c *Config) ErrorAt(key, msg, hint string) *Error {
 	return e
 }
 
-// Has says whether the file sets a key itself.
+// Has says whether the file itself sets a key, and not to null.
 func (c *Config) Has(key string) bool {
 	if c.src == nil {
 		return false
 	}
-	_, complete := c.src.find(key)
+	n, complete := c.src.find(key)
+	if kv, ok := n.(*ast.MappingValueNode); ok && complete {
+		_, null := plain(kv.Value).(*ast.NullNode)
+		return !null
+	}
 	return complete
 }
 

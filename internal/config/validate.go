@@ -68,7 +68,7 @@ func (v *validator) places() {
 	if c.ShareMount != "" && v.absolute("share_mount", c.ShareMount) {
 		v.need(within(c.Share, c.ShareMount), "share_mount", "does not contain share", "set it to the directory where the shared file system is mounted; share must be that directory or below it")
 	}
-	if !filepath.IsAbs(c.Share) {
+	if !filepath.IsAbs(c.Share) || c.Share == "/" {
 		return
 	}
 	v.need(!within(c.Dir, c.Share), "dir", "must not be on the share", "choose a directory on a local disk")
@@ -83,6 +83,9 @@ func (v *validator) absolute(key, path string) bool {
 	return v.need(filepath.IsAbs(path) && path != "/", key, "is not an absolute path below /", "write it from the root, such as /mnt/efs/shop")
 }
 
+// minOp is the shortest time that makes sense for an operation on a shared file system.
+const minOp = 50 * time.Millisecond
+
 // timing checks the inequalities on which safety rests.
 func (v *validator) timing() {
 	l := v.c.Lease
@@ -94,8 +97,8 @@ func (v *validator) timing() {
 		min time.Duration
 	}{
 		{"lease.ttl", l.TTL, 3 * time.Second},
-		{"lease.renew_interval", l.RenewInterval, 50 * time.Millisecond},
-		{"lease.op_timeout", l.OpTimeout, 50 * time.Millisecond},
+		{"lease.renew_interval", l.RenewInterval, minOp},
+		{"lease.op_timeout", l.OpTimeout, minOp},
 	} {
 		ok = v.need(d.val >= d.min, d.key, fmt.Sprintf("is too short (%s)", d.val), fmt.Sprintf("use at least %s", d.min)) && ok
 	}
