@@ -48,8 +48,39 @@ type Record struct {
 	// CleanSeq counts renewals that found the volume unchanged since the head's freeze:
 	// a replica may then reset the age of its data although head did not move.
 	CleanSeq uint64 `json:"clean_seq,omitempty"`
+	// By is the incarnation that wrote this record. It differs from Holder.Incarnation only
+	// where another instance left an order or paused the cluster.
+	By string `json:"by,omitempty"`
 	// Wall is the writer's time of day, for people. It decides nothing.
 	Wall time.Time `json:"wall"`
+}
+
+// Clone returns a copy that shares nothing with r, to be edited.
+func (r Record) Clone() Record {
+	if r.Head != nil {
+		h := *r.Head
+		r.Head = &h
+	}
+	if r.Order != nil {
+		o := *r.Order
+		r.Order = &o
+	}
+	return r
+}
+
+// SameHead says whether both records name the same snapshot (or none).
+func (r Record) SameHead(o Record) bool {
+	if r.Head == nil || o.Head == nil {
+		return r.Head == o.Head
+	}
+	a, b := r.Head, o.Head
+	return a.ID == b.ID && a.Manifest == b.Manifest && a.Hash == b.Hash && a.Term == b.Term && a.Seq == b.Seq
+}
+
+// SameData says whether both records name the same head, the same catalog and the same
+// condemnation: everything that a commit or a condemnation is computed from.
+func (r Record) SameData(o Record) bool {
+	return r.SameHead(o) && r.GCSeq == o.GCSeq && r.Catalog == o.Catalog && r.CatalogHash == o.CatalogHash
 }
 
 // Holder describes the one who holds (or, if Released, last held) the term.

@@ -23,6 +23,11 @@ var (
 	// ErrWentBack: the register is behind or different from what this instance has seen
 	// before (a restored backup or a replica of the file system).
 	ErrWentBack = errors.New("register is older than what this instance has already seen")
+	// ErrInitialised: InitFile found a cluster, or the remains of one.
+	ErrInitialised = errors.New("a cluster is already initialised here")
+	// ErrSeenCluster: InitFile was called on an instance that already belonged to a
+	// cluster; a share without one is then more likely not mounted than new.
+	ErrSeenCluster = errors.New("this instance already belongs to a cluster")
 )
 
 // Register is the cluster's single source of truth: one record, changed only by
@@ -33,7 +38,8 @@ type Register interface {
 	Load(ctx context.Context) (Record, error)
 	// CompareAndSwap replaces prev, exactly as it was loaded, by next. The register sets
 	// next.Format, next.Version (prev.Version+1) and next.Nonce (fresh) and returns the
-	// record as written. The error is nil, ErrConflict, ErrUnknown, or one that proves
+	// record as written. The error is nil, ErrConflict, ErrUnknown (the record returned is
+	// then the one that was offered, so that it can be recognised), or one that proves
 	// that nothing was offered (it then wraps neither).
 	CompareAndSwap(ctx context.Context, prev, next Record) (Record, error)
 	// Describe says where the register is, for people ("file /mnt/efs/shop").
