@@ -1,0 +1,176 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"dbsupervisor/internal/boottime"
+)
+
+// staleBeat is how old the supervisor loop's last round may be before the agent counts as
+// hung. It decides only what health checks say; the guard, not this, keeps writers apart.
+const staleBeat = 15 * time.Second
+
+// HealthConfig is what NewHealth needs.
+type HealthConfig struct {
+	Listen   string // ":8008"
+	Cluster  string
+	Instance string
+	Version  string
+	Agent    Agent
+	Clock    boottime.Clock
+	Log      hclog.Logger
+}
+
+// Health is the read-only HTTP server for load balancers and Prometheus. The paths have
+// the meanings that Patroni gave them.
+type Health struct {
+	cfg      HealthConfig
+	listener net.Listener
+}
+
+// NewHealth starts to listen, so that an address that is taken is found out at the start.
+// Close must be called unless Run was.
+func NewHealth(cfg HealthConfig) (*Health, error) {
+	l, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, WithHint(fmt.Errorf("listen for health checks: %w", err), "another program uses the port: change http.listen")
+	}
+	return &Health{cfg: cfg, listener: l}, nil
+}
+
+// Addr is where it listens.
+func (h *Health) Addr() net.Addr { return h.listener.Addr() }
+
+// Close stops listening. It is idempotent.
+func (h *Health) Close() error {
+	_ = h.listener.Close() // the only error is that it was closed already
+	return nil
+}
+
+// Run serves until ctx ends.
+func (h *Health) Run(ctx context.Context) error {
+	srv := &http.Server{
+		Handler:           h.Handler(),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    1 << 14,
+		ErrorLog:          h.cfg.Log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
+	}
+	return serve(ctx, srv, h.listener, h.Close)
+}
+
+// verdict is the small body of every answer.
+type verdict struct {
+	OK       bool   `json:"ok"`
+	Role     Role   `json:"role"`
+	Term     uint64 `json:"term"`
+	Cluster  string `json:"cluster"`
+	Instance string `json:"instance"`
+	LeaseMS  *int64 `json:"lease_ms,omitempty"` // left until the deadline
+	Reason   string `json:"reason,omitempty"`   // why it is not OK
+}
+
+// Handler is what Run serves.
+func (h *Health) Handler() http.Handler {
+	mux := http.NewServeMux()
+	for _, p := range []string{"/{$}", "/primary", "/master", "/leader", "/read-write"} {
+		mux.HandleFunc(p, h.answer(h.primary))
+	}
+	mux.HandleFunc("/replica", h.answer(h.replica))
+	mux.HandleFunc("/read-only", h.answer(func(l Live, now boottime.Instant) string {
+		if h.primary(l, now) == "" {
+			return ""
+		}
+		return h.replica(l, now)
+	}))
+	mux.HandleFunc("/health", h.answer(h.health))
+	mux.HandleFunc("/readiness", h.answer(h.health))
+	mux.HandleFunc("/liveness", h.answer(h.alive))
+	mux.Handle("GET /metrics", metricsHandler(h.cfg))
+	return mux
+}
+
+// answer turns a question, which returns why not ("" for yes), into a handler. It works
+// for GET, HEAD and OPTIONS, which load balancers use, and for nothing that could write.
+func (h *Health) answer(why func(Live, boottime.Instant) string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		switch r.Method {
+		case http.MethodGet, http.MethodHead, http.MethodOptions:
+		default:
+			w.Header().Set("Allow", "GET, HEAD, OPTIONS")
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		// The clock is read after the state: what it says can only be older than now.
+		l := h.cfg.Agent.Live()
+		now := h.cfg.Clock.Now()
+		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Reason: why(l, now)}
+		v.OK = v.Reason == ""
+		if l.Deadline > now {
+			ms := l.Deadline.Sub(now).Milliseconds()
+			v.LeaseMS = &ms
+		}
+		w.Header().Set("Cache-Control", "no-store")
+		code := http.StatusOK
+		if !v.OK {
+			code = http.StatusServiceUnavailable
+		}
+		writeJSON(w, code, v)
+	}
+}
+
+// primary: yes only while the term is live at this very moment and the database answers.
+func (h *Health) primary(l Live, now boottime.Instant) string {
+	switch {
+	case l.Role != RolePrimary:
+		return "not the primary"
+	case l.Deadline <= now:
+		return "the lease is over"
+	case !l.DatabaseAnswers:
+		return "the database does not answer"
+	}
+	return ""
+}
+
+func (h *Health) replica(l Live, _ boottime.Instant) string {
+	switch {
+	case l.Role != RoleStandby:
+		return "not a standby"
+	case !l.ServesReads:
+		return "no reads are served here"
+	}
+	return ""
+}
+
+// alive: the supervisor's loop goes round.
+func (h *Health) alive(l Live, now boottime.Instant) string {
+	if l.Beat != 0 && now.Sub(l.Beat) > staleBeat {
+		return "the agent's loop has been stuck for " + now.Sub(l.Beat).Truncate(time.Second).String()
+	}
+	return ""
+}
+
+// health: the duty of the role is fulfilled.
+func (h *Health) health(l Live, now boottime.Instant) string {
+	if why := h.alive(l, now); why != "" {
+		return why
+	}
+	if l.Failing != "" {
+		return l.Failing
+	}
+	switch l.Role {
+	case RolePrimary:
+		return h.primary(l, now)
+	case RoleStandby:
+		return ""
+	}
+	return "the agent is neither primary nor standby"
+}
