@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"runtime"
+	stdsync "sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -43,8 +44,10 @@ type StoreConfig struct {
 // and is safe for concurrent use. Its methods check their context between operations on the
 // share, so one that hangs in the kernel (a hard NFS mount) hangs the method.
 type Store struct {
-	cfg StoreConfig
-	log hclog.Logger
+	cfg    StoreConfig
+	log    hclog.Logger
+	codec  *codec
+	randMu stdsync.Mutex // guards cfg.Rand
 }
 
 // OpenStore returns a store in a directory that Init has prepared at some time. It touches
@@ -80,7 +83,12 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	if cfg.maxFile == 0 {
 		cfg.maxFile = maxRecordFile
 	}
-	return &Store{cfg: cfg, log: cfg.Log}, nil
+	// The extra two keep CPUs busy while others wait for the share.
+	c, err := newCodec(cfg.Workers + 2)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	return &Store{cfg: cfg, log: cfg.Log, codec: c}, nil
 }
 
 // Init makes the store's directories, durably. The share's directory itself must exist: an

@@ -8,37 +8,6 @@ import (
 
 var errStub = errors.New("not built yet")
 
-// Write ships the captured blocks and writes the manifest of a new snapshot. On return both
-// are durable, but nothing is committed: the register decides that.
-func (s *Store) Write(ctx context.Context, r WriteRequest) (*Tree, WriteStats, error) {
-	return nil, WriteStats{}, errStub
-}
-
-// WriteRollback writes the manifest of a new snapshot that has the content of an older one.
-func (s *Store) WriteRollback(ctx context.Context, r RollbackRequest) (*Tree, WriteStats, error) {
-	return nil, WriteStats{}, errStub
-}
-
-// LoadTree reads a snapshot's manifests and returns its tree. Errors are ErrMissing,
-// ErrDamaged, or those of the file system.
-func (s *Store) LoadTree(ctx context.Context, ref SnapshotRef) (*Tree, error) {
-	return nil, errStub
-}
-
-// BlockHashes returns the xxh3 of every block of every pack that the tree refers to, from
-// the packs' footers.
-func (s *Store) BlockHashes(ctx context.Context, t *Tree) (map[PackID][]uint64, error) {
-	return nil, errStub
-}
-
-// Read fetches blocks. Every frame is read and verified once; sink gets a want whole or,
-// where it crosses frames, in pieces: the Want passed to it then names the piece (Block, At
-// and Count; Tag is unchanged), and data is Count*BlockSize bytes, valid during the call
-// only. Sink is called concurrently and in any order; its error ends the Read.
-func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Want, data []byte) error, p Progress) error {
-	return errStub
-}
-
 // List returns the snapshots, newest first.
 func (s *Store) List(ctx context.Context, head SnapshotRef, cat CatalogRef) ([]SnapshotInfo, error) {
 	return nil, errStub

@@ -88,6 +88,8 @@ type Tree struct {
 	// Packs lists the packs that the extents refer to: paths below the shared directory.
 	Packs  []PackRef
 	NextID FileID // the next unused FileID
+
+	meta treeMeta // the store's bookkeeping; zero is allowed and costs a full manifest
 }
 
 // PackRef names a pack and proves its identity.

@@ -1,0 +1,361 @@
+package sync
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	stdsync "sync"
+	"sync/atomic"
+
+	"github.com/zeebo/xxh3"
+	"golang.org/x/sync/errgroup"
+
+	"dbsupervisor/internal/fsx"
+)
+
+// tailGuess is how much of a pack's end is read at first: footer and trailer of packs up to
+// about 60 MiB of blocks come in one operation.
+const tailGuess = 64 << 10
+
+// packReader is an open pack whose footer has been verified.
+type packReader struct {
+	path string
+	file fsx.File
+	foot *footer
+}
+
+// openPack opens a pack and reads its footer. The caller closes file.
+func (s *Store) openPack(ref PackRef) (*packReader, error) {
+	if name, ok := parseName(ref.Path); !ok || name.kind != kindPack {
+		return nil, fmt.Errorf("open pack: %q is not the path of one", ref.Path)
+	}
+	f, err := s.cfg.FS.Open(s.path(ref.Path))
+	if err != nil {
+		return nil, openError(ref.Path, err)
+	}
+	foot, err := readFooter(f, ref)
+	if err != nil {
+		_ = f.Close() // only read
+		if isDamage(err) {
+			return nil, damaged(ref.Path, "%v", err)
+		}
+		return nil, fmt.Errorf("read %s: %w", ref.Path, err)
+	}
+	return &packReader{path: ref.Path, file: f, foot: foot}, nil
+}
+
+func readFooter(f io.ReaderAt, ref PackRef) (*footer, error) {
+	if ref.Size < packHeader+footerHead+packTrailer {
+		return nil, &contentError{errors.New("is too small for a pack")}
+	}
+	tail := make([]byte, min(ref.Size, tailGuess))
+	if err := readAt(f, tail, ref.Size-int64(len(tail))); err != nil {
+		return nil, err
+	}
+	n, err := parseTail(tail[len(tail)-packTrailer:])
+	if err != nil {
+		return nil, &contentError{err}
+	}
+	dataEnd := ref.Size - packTrailer - int64(n)
+	if dataEnd < packHeader {
+		return nil, &contentError{errFooter}
+	}
+	foot := tail[:len(tail)-packTrailer]
+	if n <= len(foot) {
+		foot = foot[len(foot)-n:]
+	} else {
+		foot = make([]byte, n)
+		if err := readAt(f, foot, dataEnd); err != nil {
+			return nil, err
+		}
+	}
+	if sum := sha256.Sum256(foot); hex.EncodeToString(sum[:]) != ref.Hash {
+		return nil, &contentError{errors.New("footer does not match its hash")}
+	}
+	ft, err := parseFooter(foot, dataEnd)
+	if err != nil {
+		return nil, &contentError{err}
+	}
+	return ft, nil
+}
+
+// readAt fills b; a file that ends before is damage.
+func readAt(f io.ReaderAt, b []byte, off int64) error {
+	n, err := f.ReadAt(b, off)
+	if n == len(b) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return &contentError{fmt.Errorf("is truncated: ends at %d, should reach %d", off+int64(n), off+int64(len(b)))}
+	}
+	return err
+}
+
+// readFrame reads, verifies and expands frame i. raw must have a frame's capacity; stored is
+// a buffer to reuse and is returned.
+func (s *Store) readFrame(p *packReader, i int, raw, stored []byte) (data, buf []byte, err error) {
+	fr := &p.foot.frames[i]
+	if cap(stored) < int(fr.stored) {
+		stored = make([]byte, fr.stored)
+	}
+	stored = stored[:fr.stored]
+	if err := readAt(p.file, stored, fr.offset); err != nil {
+		if isDamage(err) {
+			return nil, stored, damaged(p.path, "%v", err)
+		}
+		return nil, stored, fmt.Errorf("read %s: %w", p.path, err)
+	}
+	if sha256.Sum256(stored) != fr.sum {
+		return nil, stored, damaged(p.path, "frame %d (blocks %d to %d) does not match its hash", i, fr.first, fr.first+uint64(fr.blocks)-1)
+	}
+	data, err = s.codec.expand(raw, stored, fr.encoding, int(fr.blocks)*BlockSize)
+	if err != nil {
+		return nil, stored, damaged(p.path, "frame %d %v", i, err)
+	}
+	for b := range uint64(fr.blocks) {
+		if xxh3.Hash(data[b*BlockSize:(b+1)*BlockSize]) != p.foot.hashes[fr.first+b] {
+			return nil, stored, damaged(p.path, "block %d does not match its hash", fr.first+b)
+		}
+	}
+	return data, stored, nil
+}
+
+// frameJob is a frame to be read, and what to do with it.
+type frameJob struct {
+	pack  *packReader
+	frame int
+	wants []Want // pieces inside this frame
+	done  *stdsync.WaitGroup
+}
+
+// BlockHashes returns the xxh3 of every block of every pack that the tree refers to, from
+// the packs' footers: 8 bytes for each block.
+func (s *Store) BlockHashes(ctx context.Context, t *Tree) (map[PackID][]uint64, error) {
+	var mu stdsync.Mutex
+	out := make(map[PackID][]uint64)
+	err := s.EachBlockHashes(ctx, t, func(id PackID, hashes []uint64) error {
+		mu.Lock()
+		defer mu.Unlock()
+		out[id] = hashes
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// EachBlockHashes calls f, concurrently, with the xxh3 of every block of each pack that the
+// tree refers to, so that they need not be in memory all at once.
+func (s *Store) EachBlockHashes(ctx context.Context, t *Tree, f func(id PackID, hashes []uint64) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(s.openers())
+	for i, n := range countLive(t) {
+		if n == 0 {
+			continue
+		}
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			p, err := s.openPack(t.Packs[i])
+			if err != nil {
+				return err
+			}
+			_ = p.file.Close() // only read
+			return f(PackID(i), p.foot.hashes)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return fmt.Errorf("read block hashes: %w", err)
+	}
+	return nil
+}
+
+// openers is how many packs are open at once: opening waits for the share, not for a CPU.
+func (s *Store) openers() int { return min(4*s.cfg.Workers, 16) }
+
+// Read fetches blocks. Every frame is read and verified once; sink gets a want whole or,
+// where it crosses frames, in pieces: the Want passed to it then names the piece (Block, At
+// and Count; Tag is unchanged), and data is Count*BlockSize bytes, valid during the call
+// only. Sink is called concurrently and in any order; its error ends the Read. When a file
+// is missing or damaged, what was delivered before is good all the same.
+func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Want, data []byte) error, p Progress) error {
+	wants = slices.Clone(wants)
+	slices.SortFunc(wants, func(a, b Want) int {
+		return cmp.Or(cmp.Compare(a.Pack, b.Pack), cmp.Compare(a.Block, b.Block))
+	})
+	var total int64
+	for _, w := range wants {
+		if int(w.Pack) >= len(t.Packs) || w.Count > packMaxBlocks {
+			return fmt.Errorf("read blocks: %d blocks at %d of pack %d are not in snapshot %s", w.Count, w.Block, w.Pack, t.Ref.ID)
+		}
+		total += int64(w.Count) * BlockSize
+	}
+	var done atomic.Int64
+	err := s.eachFrame(ctx, func(yield func(PackRef, []Want) bool) {
+		for i := 0; i < len(wants); {
+			j := i + 1
+			for j < len(wants) && wants[j].Pack == wants[i].Pack {
+				j++
+			}
+			if !yield(t.Packs[wants[i].Pack], wants[i:j]) {
+				return
+			}
+			i = j
+		}
+	}, func(j *frameJob, data []byte, err error) error {
+		if err != nil {
+			return err
+		}
+		first := j.pack.foot.frames[j.frame].first
+		for _, w := range j.wants {
+			from := (w.Block - first) * BlockSize
+			if err := sink(w, data[from:from+w.Count*BlockSize]); err != nil {
+				return err
+			}
+			n := done.Add(int64(w.Count) * BlockSize)
+			if p != nil {
+				p.Set("reading", n, total)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read blocks: %w", err)
+	}
+	return nil
+}
+
+// eachFrame reads the frames that packs' wants need, in parallel, and hands each to f,
+// concurrently. A pack with nil wants is read whole. f gets the error of a frame and decides
+// whether it ends everything; the error of opening a pack always does.
+func (s *Store) eachFrame(ctx context.Context, packs func(yield func(PackRef, []Want) bool), f func(j *frameJob, data []byte, err error) error) error {
+	type packJob struct {
+		ref   PackRef
+		wants []Want
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	todo := make(chan packJob)
+	jobs := make(chan *frameJob)
+	g.Go(func() error {
+		defer close(todo)
+		for ref, wants := range packs {
+			select {
+			case todo <- packJob{ref, wants}:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	var openers stdsync.WaitGroup
+	openers.Add(s.openers())
+	for range s.openers() {
+		g.Go(func() error {
+			defer openers.Done()
+			for pj := range todo {
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				p, err := s.openPack(pj.ref)
+				if err != nil {
+					return err
+				}
+				err = queueFrames(ctx, p, pj.wants, jobs)
+				_ = p.file.Close() // only read
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		openers.Wait()
+		close(jobs)
+		return nil
+	})
+	for range s.cfg.Workers + 2 {
+		g.Go(func() error {
+			var raw, stored []byte
+			for j := range jobs {
+				if raw == nil {
+					raw = make([]byte, 0, frameMaxBytes)
+				}
+				err := func() error {
+					defer j.done.Done()
+					if err := ctx.Err(); err != nil {
+						return err
+					}
+					data, buf, err := s.readFrame(j.pack, j.frame, raw, stored)
+					stored = buf
+					return f(j, data, err)
+				}()
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// queueFrames cuts the wants of a pack at its frames, queues a job for each frame and waits
+// until all are done.
+func queueFrames(ctx context.Context, p *packReader, wants []Want, jobs chan<- *frameJob) error {
+	var done stdsync.WaitGroup
+	defer done.Wait() // the file stays open until then
+	send := func(j *frameJob) error {
+		done.Add(1)
+		select {
+		case jobs <- j:
+			return nil
+		case <-ctx.Done():
+			done.Done()
+			return ctx.Err()
+		}
+	}
+	if wants == nil {
+		for i := range p.foot.frames {
+			if err := send(&frameJob{pack: p, frame: i, done: &done}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	byFrame := map[int]*frameJob{}
+	var order []*frameJob
+	blocks := uint64(len(p.foot.hashes))
+	for _, w := range wants {
+		if w.Count > blocks || w.Block > blocks-w.Count {
+			return damaged(p.path, "has %d blocks, not the %d at %d that a snapshot refers to", blocks, w.Count, w.Block)
+		}
+		for w.Count > 0 {
+			i := p.foot.frameOf(w.Block)
+			fr := &p.foot.frames[i]
+			piece := w
+			piece.Count = min(w.Count, fr.first+uint64(fr.blocks)-w.Block)
+			j := byFrame[i]
+			if j == nil {
+				j = &frameJob{pack: p, frame: i, done: &done}
+				byFrame[i] = j
+				order = append(order, j)
+			}
+			j.wants = append(j.wants, piece)
+			w.Block, w.At, w.Count = w.Block+piece.Count, w.At+piece.Count, w.Count-piece.Count
+		}
+	}
+	for _, j := range order {
+		if err := send(j); err != nil {
+			return err
+		}
+	}
+	return nil
+}
