@@ -107,8 +107,9 @@ func (c *Client) post(ctx context.Context, path string, req, into any, report Re
 			return fmt.Errorf("read agent's answer: %w", err)
 		}
 		switch {
-		case l.wireError != nil:
-			return l.err()
+		case l.Error != "":
+			w := wireError{Error: l.Error, Hint: l.Hint, Code: l.Code}
+			return w.err()
 		case l.Result != nil:
 			if into == nil {
 				return nil

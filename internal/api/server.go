@@ -255,12 +255,12 @@ func stream[Q any](f func(context.Context, Q, Report) (any, error)) http.Handler
 		mu.Unlock()
 		writer.Wait()
 		if err != nil {
-			out.send(line{wireError: toWire(err)})
+			out.send(errorLine(err))
 			return
 		}
 		raw, err := json.Marshal(v)
 		if err != nil {
-			out.send(line{wireError: toWire(fmt.Errorf("encode result: %w", err))})
+			out.send(errorLine(fmt.Errorf("encode result: %w", err)))
 			return
 		}
 		out.send(line{Result: raw})

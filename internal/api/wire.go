@@ -24,7 +24,14 @@ const (
 type line struct {
 	Progress *Progress       `json:"progress,omitempty"`
 	Result   json.RawMessage `json:"result,omitempty"`
-	*wireError
+	Error    string          `json:"error,omitempty"`
+	Hint     string          `json:"hint,omitempty"`
+	Code     string          `json:"code,omitempty"`
+}
+
+func errorLine(err error) line {
+	w := toWire(err)
+	return line{Error: w.Error, Hint: w.Hint, Code: w.Code}
 }
 
 // wireError is an error on its way through the socket.

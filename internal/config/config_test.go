@@ -241,6 +241,7 @@ func TestErrors(t *testing.T) {
 		{"backend", lease("  backend: etcd\n"), "c.yaml:5: lease.backend: ", "file"},
 		// sync and retention
 		{"schedule", minimal + "sync:\n  schedule: sometimes\n", "c.yaml:5: sync.schedule: is not a schedule", "@every 1m"},
+		{"schedule that the library panics on", minimal + "sync:\n  schedule: TZ=\n", "c.yaml:5: sync.schedule: is not a schedule", "@every 1m"},
 		{"max_freeze zero", minimal + "sync:\n  max_freeze: 0s\n", "c.yaml:5: sync.max_freeze: must be more than 0", ""},
 		{"workers", minimal + "sync:\n  workers: 0\n", "c.yaml:5: sync.workers: ", "CPU"},
 		{"fork_keep", minimal + "sync:\n  fork_keep: -1h\n", "c.yaml:5: sync.fork_keep: ", ""},

@@ -146,8 +146,13 @@ func (v *validator) sync() {
 }
 
 // ParseSchedule reads a cron expression of five fields or a descriptor such as "@every 1m".
-func ParseSchedule(s string) (cron.Schedule, error) {
-	sched, err := cron.ParseStandard(s)
+func ParseSchedule(s string) (sched cron.Schedule, err error) {
+	defer func() {
+		if r := recover(); r != nil { // the library does, for "TZ=" without a blank
+			err = fmt.Errorf("parse schedule %q: %v", s, r)
+		}
+	}()
+	sched, err = cron.ParseStandard(s)
 	if err != nil {
 		return nil, fmt.Errorf("parse schedule %q: %w", s, err)
 	}
