@@ -21,8 +21,8 @@ import (
 	"dbsupervisor/internal/fsx"
 )
 
-// spoolRun is a run of captured blocks that goes to the packs as a whole.
-type spoolRun struct {
+// shipRun is a run of captured blocks that goes to the packs as a whole.
+type shipRun struct {
 	first uint64 // in the BlockSource
 	count uint64
 	at    uint64 // blocks before it in this snapshot's packs
@@ -31,7 +31,7 @@ type spoolRun struct {
 // shipment is what a snapshot puts into packs: runs of captured blocks, laid out one after
 // the other and cut into frames and packs.
 type shipment struct {
-	runs  []spoolRun
+	runs  []shipRun
 	total uint64 // blocks
 }
 
@@ -41,7 +41,7 @@ func (p *shipment) add(first, count uint64) uint64 {
 	if n := len(p.runs); n > 0 && p.runs[n-1].first+p.runs[n-1].count == first {
 		p.runs[n-1].count += count
 	} else {
-		p.runs = append(p.runs, spoolRun{first: first, count: count, at: at})
+		p.runs = append(p.runs, shipRun{first: first, count: count, at: at})
 	}
 	p.total += count
 	return at
