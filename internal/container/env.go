@@ -76,6 +76,7 @@ func readEnvFile(path string, env map[string]string) error {
 
 func checkEnvName(name string) error {
 	if name == "" || strings.ContainsAny(name, "= \t\x00") {
+		name, _, _ = strings.Cut(name, "=") // what follows may be the value
 		return fmt.Errorf("environment variable's name %q: %w", name, ErrInvalidSpec)
 	}
 	return nil
