@@ -125,6 +125,9 @@ func (s *Store) readFrame(p *packReader, i int, raw, stored []byte) (data, buf [
 	return data, stored, nil
 }
 
+// errSkipPack tells eachFrame to leave a pack out.
+var errSkipPack = errors.New("skip this pack")
+
 // frameJob is a frame to be read, and what to do with it.
 type frameJob struct {
 	pack  *packReader
@@ -209,6 +212,8 @@ func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Wan
 			}
 			i = j
 		}
+	}, func(_ PackRef, _ *packReader, err error) error {
+		return err
 	}, func(j *frameJob, data []byte, err error) error {
 		if err != nil {
 			return err
@@ -233,9 +238,11 @@ func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Wan
 }
 
 // eachFrame reads the frames that packs' wants need, in parallel, and hands each to f,
-// concurrently. A pack with nil wants is read whole. f gets the error of a frame and decides
-// whether it ends everything; the error of opening a pack always does.
-func (s *Store) eachFrame(ctx context.Context, packs func(yield func(PackRef, []Want) bool), f func(j *frameJob, data []byte, err error) error) error {
+// concurrently. A pack with nil wants is read whole. opened is told of each pack, or why it
+// couldn't be opened, and f gets the frames or their errors; both decide by what they return
+// whether that ends everything (opened may return errSkipPack to go on with the others).
+func (s *Store) eachFrame(ctx context.Context, packs func(yield func(PackRef, []Want) bool),
+	opened func(ref PackRef, p *packReader, err error) error, f func(j *frameJob, data []byte, err error) error) error {
 	type packJob struct {
 		ref   PackRef
 		wants []Want
@@ -264,12 +271,15 @@ func (s *Store) eachFrame(ctx context.Context, packs func(yield func(PackRef, []
 					return err
 				}
 				p, err := s.openPack(pj.ref)
-				if err != nil {
-					return err
+				if oerr := opened(pj.ref, p, err); oerr == nil {
+					err = queueFrames(ctx, p, pj.wants, jobs)
+				} else {
+					err = oerr
 				}
-				err = queueFrames(ctx, p, pj.wants, jobs)
-				_ = p.file.Close() // only read
-				if err != nil {
+				if p != nil {
+					_ = p.file.Close() // only read
+				}
+				if err != nil && !errors.Is(err, errSkipPack) {
 					return err
 				}
 			}

@@ -77,7 +77,12 @@ func (s *Store) WriteRollback(ctx context.Context, r RollbackRequest) (*Tree, Wr
 	if err != nil {
 		return nil, stats, err
 	}
+	head, err := s.readManifest(ctx, r.Head.Manifest, r.Head.Hash, true)
+	if err != nil {
+		return nil, stats, fmt.Errorf("write rollback: %w", err)
+	}
 	t := *r.Target
+	t.NextID = max(t.NextID, head.change.nextID) // a number is never used again
 	if !t.meta.known {
 		t.meta = treeMeta{known: true, live: countLive(&t)}
 	}

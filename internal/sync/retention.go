@@ -1,0 +1,343 @@
+package sync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"time"
+)
+
+const (
+	// ageStep is the most that one snapshot can be older than the next as far as retention
+	// goes. A clock that was wrong for a while then ages the history by a day, not by years.
+	ageStep = 24 * time.Hour
+	// catalogEvery is after how many snapshots a new catalog is worth writing only to
+	// shorten the walk from head.
+	catalogEvery = 32
+)
+
+// Condemn decides by the policy which snapshots are retained and writes a catalog that says
+// so, and that condemns every other file of the store that can't be in flight: snapshots
+// not retained, orphans of failed and uncommitted attempts, old catalogs. Nothing is deleted
+// yet. The caller commits the returned reference, with gcseq raised by one, on the basis of
+// exactly this head and catalog; until then it means nothing. term is the one that the
+// caller holds; now is only noted.
+//
+// A snapshot that is being written meanwhile survives: names of this term with a sequence
+// beyond head's are in flight. But its tree must be checked with CheckNotCondemned before
+// it is committed after a catalog that it didn't know.
+func (s *Store) Condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p Policy, now time.Time, term uint64) (CatalogRef, Summary, error) {
+	next, sum, err := s.condemn(ctx, head, cat, p, now, term)
+	if err != nil {
+		return CatalogRef{}, Summary{}, fmt.Errorf("condemn files: %w", err)
+	}
+	return next, sum, nil
+}
+
+func (s *Store) condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p Policy, now time.Time, term uint64) (CatalogRef, Summary, error) {
+	var sum Summary
+	if head.ID == "" {
+		return cat, Summary{Unchanged: true}, nil // no snapshot yet: everything may be in flight
+	}
+	old := &catalog{}
+	if cat.Name != "" {
+		var err error
+		if old, err = s.readCatalog(ctx, cat); err != nil {
+			return cat, sum, err
+		}
+	}
+	ms, err := s.walk(ctx, head, old.head)
+	if err != nil {
+		return cat, sum, err
+	}
+	next := &catalog{name: objectName{kind: kindCatalog, term: term, seq: head.Seq}, head: head}
+	if next.name.rand, err = s.random(); err != nil {
+		return cat, sum, err
+	}
+	if err := next.follow(old, ms); err != nil {
+		return cat, sum, err
+	}
+	forgotten, err := next.retain(p)
+	if err != nil {
+		return cat, sum, err
+	}
+	seen, err := s.condemnFiles(ctx, next, cat, term, &sum)
+	if err != nil {
+		return cat, sum, err
+	}
+	for _, e := range next.entries {
+		if e.listed {
+			sum.Retained++
+		}
+	}
+	for _, path := range next.condemned {
+		name, _ := parseName(path)
+		if _, known := slices.BinarySearch(old.condemned, path); !known && name.kind != kindCatalog {
+			sum.New++
+		}
+	}
+	swept := slices.ContainsFunc(old.condemned, func(path string) bool { return !seen[path] })
+	if cat.Name != "" && sum.New == 0 && !forgotten && !swept && len(ms) < catalogEvery {
+		sum.Unchanged = true
+		return cat, sum, nil
+	}
+	var created createdFiles
+	ref, err := s.writeCatalog(next, now.UnixNano(), &created)
+	if err != nil {
+		s.giveUp(&created, err)
+		return cat, sum, fmt.Errorf("write catalog: %w", err)
+	}
+	return ref, sum, nil
+}
+
+// follow fills in the old catalog's entries and those of the manifests since (newest first).
+func (c *catalog) follow(old *catalog, ms []*manifest) error {
+	c.packs = slices.Clone(old.packs)
+	c.entries = slices.Clone(old.entries)
+	number := make(map[string]uint32, len(c.packs))
+	for i, p := range c.packs {
+		number[p.Path] = uint32(i)
+	}
+	for _, m := range slices.Backward(ms) {
+		e := catalogEntry{info: m.info, parent: m.parent, chain: m.chain, listed: true}
+		var before []uint32
+		if n := len(c.entries); n > 0 {
+			last := &c.entries[n-1]
+			e.aged = last.aged + int64(min(max(m.info.Frozen.Sub(last.info.Frozen), 0), ageStep))
+			before = last.packs
+		} else {
+			e.aged = m.info.Frozen.UnixNano()
+			if m.chain > 0 {
+				return damaged(m.info.Manifest, "is a delta but has nothing below it")
+			}
+		}
+		var added, dropped []uint32
+		for _, p := range m.change.packs {
+			i, ok := number[p.Path]
+			if !ok {
+				i = uint32(len(c.packs))
+				number[p.Path] = i
+				c.packs = append(c.packs, p)
+			}
+			added = append(added, i)
+		}
+		slices.Sort(added)
+		if m.chain > 0 {
+			for _, p := range m.dropped {
+				if i, ok := number[p]; ok {
+					dropped = append(dropped, i)
+				}
+			}
+			slices.Sort(dropped)
+			e.packs = union(minus(before, dropped), added)
+		} else {
+			e.packs = slices.Compact(added)
+		}
+		c.entries = append(c.entries, e)
+	}
+	return nil
+}
+
+// retain applies the policy: entries that it does not keep are no longer listed, and leave
+// the catalog altogether unless a listed one is based on them. forgotten says that a listed
+// one was given up.
+func (c *catalog) retain(p Policy) (forgotten bool, err error) {
+	n := len(c.entries)
+	newest := c.entries[n-1].aged
+	hours, days := map[int64]bool{}, map[int64]bool{}
+	for i := range c.entries {
+		e := &c.entries[i]
+		if !e.listed {
+			continue
+		}
+		hour, day := e.aged/int64(time.Hour), e.aged/int64(24*time.Hour)
+		age := time.Duration(newest - e.aged)
+		keep := i == n-1 || age <= p.All ||
+			age <= p.Hourly && !hours[hour] ||
+			age <= p.Daily && !days[day]
+		// The first of an hour or a day stays the first as time goes on.
+		hours[hour], days[day] = true, true
+		if !keep {
+			e.listed, e.packs = false, nil
+			forgotten = true
+		}
+	}
+	byID := make(map[string]int, n)
+	for i := range c.entries {
+		byID[c.entries[i].info.ID] = i
+	}
+	needed := make([]bool, n)
+	for i := range c.entries {
+		if !c.entries[i].listed {
+			continue
+		}
+		for j := i; !needed[j]; {
+			needed[j] = true
+			e := &c.entries[j]
+			if e.chain == 0 {
+				break
+			}
+			up, ok := byID[e.parent.ID]
+			if !ok || c.entries[up].chain != e.chain-1 || c.entries[up].info.SnapshotRef != e.parent {
+				return false, damaged(e.info.Manifest, "is based on %s, which is not known", e.parent.ID)
+			}
+			j = up
+		}
+	}
+	var entries []catalogEntry
+	used := make([]bool, len(c.packs))
+	for i := range c.entries {
+		if needed[i] {
+			entries = append(entries, c.entries[i])
+			for _, k := range c.entries[i].packs {
+				used[k] = true
+			}
+		}
+	}
+	c.entries = entries
+	c.renumber(used)
+	return forgotten, nil
+}
+
+// renumber drops the packs that are not used.
+func (c *catalog) renumber(used []bool) {
+	number := make([]uint32, len(c.packs))
+	var packs []PackRef
+	for i, p := range c.packs {
+		if used[i] {
+			number[i] = uint32(len(packs))
+			packs = append(packs, p)
+		}
+	}
+	c.packs = packs
+	for i := range c.entries {
+		list := slices.Clone(c.entries[i].packs)
+		for k := range list {
+			list[k] = number[list[k]]
+		}
+		c.entries[i].packs = list
+	}
+}
+
+// condemnFiles looks through the store's directories and condemns what the catalog doesn't
+// need and what can't be in flight. It returns what it saw.
+func (s *Store) condemnFiles(ctx context.Context, c *catalog, current CatalogRef, term uint64, sum *Summary) (map[string]bool, error) {
+	kept := map[string]bool{current.Name: true}
+	for i := range c.entries {
+		kept[c.entries[i].info.Manifest] = true
+	}
+	for _, p := range c.packs {
+		kept[p.Path] = true
+	}
+	files, unknown, err := s.listFiles(ctx)
+	if err != nil {
+		return nil, err
+	}
+	sum.Unknown = unknown
+	seen := make(map[string]bool, len(files))
+	for _, name := range files {
+		path := name.path()
+		seen[path] = true
+		if kept[path] || inFlight(name, c.head, term) {
+			continue
+		}
+		c.condemned = append(c.condemned, path)
+		switch name.kind {
+		case kindPack:
+			sum.Packs++
+		case kindManifest:
+			sum.Manifests++
+		case kindCatalog:
+			sum.Catalogs++
+		}
+	}
+	slices.Sort(c.condemned)
+	return seen, nil
+}
+
+// inFlight says whether a file that nothing committed refers to may still become part of a
+// commit. Older terms can't commit any more. In this term, an attempt at the next head is
+// named with a sequence beyond head's, and one at the next catalog with head's own; once
+// head has moved on, their compare-and-swaps can't succeed any more.
+func inFlight(name objectName, head SnapshotRef, term uint64) bool {
+	switch {
+	case name.term != term:
+		return name.term > term
+	case name.kind == kindCatalog:
+		return name.seq >= head.Seq
+	default:
+		return name.seq > head.Seq
+	}
+}
+
+// listFiles lists the store. A missing directory is an error: a share that is not mounted
+// must not look like an empty store.
+func (s *Store) listFiles(ctx context.Context) (files []objectName, unknown int, err error) {
+	list := func(dir string) ([]fs.DirEntry, error) {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		e, err := s.cfg.FS.ReadDir(s.path(dir))
+		if err != nil {
+			return nil, fmt.Errorf("list %s: %w", dir, err)
+		}
+		return e, nil
+	}
+	dirs := []string{manifestDir, catalogDir}
+	shards, err := list(packDir)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, d := range shards {
+		if d.IsDir() {
+			dirs = append(dirs, packDir+"/"+d.Name())
+		} else {
+			unknown++
+		}
+	}
+	for _, dir := range dirs {
+		entries, err := list(dir)
+		if err != nil {
+			return nil, 0, err
+		}
+		for _, e := range entries {
+			if name, ok := parseName(dir + "/" + e.Name()); ok {
+				files = append(files, name)
+			} else {
+				unknown++
+			}
+		}
+	}
+	return files, unknown, nil
+}
+
+// Sweep unlinks what a committed catalog condemns. The caller has waited for the grace since
+// it saw the commit, and holds the term. It is idempotent, and harmless when it comes late:
+// condemned names are never used again.
+func (s *Store) Sweep(ctx context.Context, cat CatalogRef) (SweepStats, error) {
+	var stats SweepStats
+	if cat.Name == "" {
+		return stats, nil
+	}
+	c, err := s.readCatalog(ctx, cat)
+	if err != nil {
+		return stats, fmt.Errorf("sweep store: %w", err)
+	}
+	for _, path := range c.condemned {
+		if err := ctx.Err(); err != nil {
+			return stats, err
+		}
+		err := s.cfg.FS.Remove(s.path(path))
+		switch {
+		case err == nil:
+			stats.Removed++
+		case errors.Is(err, fs.ErrNotExist):
+			stats.Gone++
+		default:
+			return stats, fmt.Errorf("sweep store: %w", err)
+		}
+	}
+	return stats, nil
+}
