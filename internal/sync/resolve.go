@@ -148,7 +148,7 @@ func (b *treeBuilder) finish() (*Tree, error) {
 		b.count(exts, 1)
 	}
 	t := &Tree{Inodes: b.inodes, Names: b.names, Packs: b.packs, NextID: b.nextID}
-	if err := checkTree(t); err != nil {
+	if err := validateTree(t); err != nil {
 		return nil, err
 	}
 	if b.live == nil {
@@ -255,8 +255,8 @@ func appendExtent(out []Extent, e Extent) []Extent {
 	return append(out, e)
 }
 
-// checkTree says what is wrong with a tree, if anything: a tree that passes can be restored.
-func checkTree(t *Tree) error {
+// validateTree says what is wrong with a tree, if anything: a tree that passes can be restored.
+func validateTree(t *Tree) error {
 	linked := make(map[FileID]int, len(t.Inodes))
 	for p, id := range t.Names {
 		in := t.Inodes[id]

@@ -30,8 +30,8 @@ type Problem struct {
 	Snapshots []string // IDs of those that can't be restored because of it, newest first
 }
 
-// blockRange is a run of a pack's blocks that can't be read.
-type blockRange struct {
+// badRange is a run of a pack's blocks that can't be read.
+type badRange struct {
 	from, to uint64 // to is not included
 	problem  int
 }
@@ -42,7 +42,7 @@ type verifier struct {
 	snaps    []SnapshotInfo // newest first
 	report   VerifyReport
 	mu       stdsync.Mutex
-	bad      map[string][]blockRange // by pack
+	bad      map[string][]badRange // by pack
 	blocks   map[string]uint64       // blocks that whole packs have
 	broken   map[string]bool         // IDs of snapshots that have a problem
 	done     atomic.Int64
@@ -54,7 +54,7 @@ type verifier struct {
 // manifest, every frame's hash, every block's hash and every reference from a tree into a
 // pack. What is wrong is in the report; the error says that checking itself failed.
 func (s *Store) Verify(ctx context.Context, snaps []SnapshotInfo, p Progress) (VerifyReport, error) {
-	v := &verifier{s: s, snaps: snaps, bad: map[string][]blockRange{}, blocks: map[string]uint64{},
+	v := &verifier{s: s, snaps: snaps, bad: map[string][]badRange{}, blocks: map[string]uint64{},
 		broken: map[string]bool{}, progress: p}
 	v.report.Snapshots = len(snaps)
 	packs := map[string]PackRef{}
@@ -177,7 +177,7 @@ func (v *verifier) markBad(pack string, from, to uint64, what string) {
 	n := v.problem(pack, what, "")
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.bad[pack] = append(v.bad[pack], blockRange{from: from, to: to, problem: n})
+	v.bad[pack] = append(v.bad[pack], badRange{from: from, to: to, problem: n})
 }
 
 func (v *verifier) verifyPacks(ctx context.Context, packs map[string]PackRef) error {
