@@ -45,6 +45,8 @@ type Record struct {
 	// Order asks the holder of Order.Term for something; it is ignored in any other term
 	// and vanishes with the release or the next acquisition.
 	Order *Order `json:"order,omitempty"`
+	// Answer is what became of the last order that did not end in another term.
+	Answer *Answer `json:"answer,omitempty"`
 	// CleanSeq counts renewals that found the volume unchanged since the head's freeze:
 	// a replica may then reset the age of its data although head did not move.
 	CleanSeq uint64 `json:"clean_seq,omitempty"`
@@ -64,6 +66,10 @@ func (r Record) Clone() Record {
 	if r.Order != nil {
 		o := *r.Order
 		r.Order = &o
+	}
+	if r.Answer != nil {
+		a := *r.Answer
+		r.Answer = &a
 	}
 	return r
 }
@@ -113,6 +119,13 @@ type Order struct {
 	Term     uint64    `json:"term"`
 	To       string    `json:"to,omitempty"`       // instance that shall take over; "" lets the holder choose
 	Snapshot string    `json:"snapshot,omitempty"` // rollback: the snapshot's ID
+}
+
+// Answer is the holder's reply to an order.
+type Answer struct {
+	Order string `json:"order"`           // the order's ID
+	Error string `json:"error,omitempty"` // "" means that it was carried out
+	Hint  string `json:"hint,omitempty"`
 }
 
 // Head names a committed snapshot.

@@ -5,12 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"dbsupervisor/internal/boottime"
 )
 
 // pruneEvery is how many versions lie between two prunings.
 const pruneEvery = 16
+
+// orderPoll is how often a standby looks while a planned handoff is announced: the release
+// may name it, and every moment until it is seen is a moment without a primary.
+const orderPoll = 200 * time.Millisecond
 
 // Run looks at the register every RenewInterval while the lease is not held, renews it at the
 // same pace while it is, and watches the deadline apart from both. It returns ctx's error, or
@@ -51,6 +56,9 @@ func (l *Lease) keep(ctx context.Context) error {
 			return err
 		}
 		wait := l.cfg.RenewInterval
+		if !v.Holding && v.Record.Order != nil && v.Record.Order.Term == v.Record.Term {
+			wait = min(wait, orderPoll)
+		}
 		if err != nil {
 			l.log.Debug("register not reached", "error", err)
 			wait /= 4
