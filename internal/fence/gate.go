@@ -54,8 +54,8 @@ type GateConfig struct {
 }
 
 // Gate lets TCP packets to and from the database's ports pass only while a timer in the
-// kernel runs. Every packet is checked, so established connections end with the timer too;
-// both ends are answered with a reset. No process takes part once the timer has been set.
+// kernel runs. Every packet is checked, so established connections end with the timer too, and
+// clients learn it from a reset at once. No process takes part once the timer has been set.
 //
 // It covers ports of this machine: those that a local process serves and those that Docker
 // publishes, whether through NAT or its proxy. It does not cover UDP, nor connections made to
@@ -231,6 +231,11 @@ func (g *Gate) elements(ms int64) string {
 //   - Packets of the server: a local process (also Docker's proxy) sends in output from the
 //     port itself; a container's answers come through prerouting and forward from the
 //     container's own port, and connection tracking knows which port the client asked for.
+//
+// A client's packet is answered with a reset. A server's packet is turned into one: a client
+// that waits for an answer without sending anything would otherwise wait for ever, as nothing
+// that the server says, not even that it is dead, could reach it. Data behind a reset is never
+// delivered.
 func (g *Gate) ruleset() (string, error) {
 	ports := make([]string, len(g.cfg.Ports))
 	for i, p := range g.cfg.Ports {
@@ -238,9 +243,9 @@ func (g *Gate) ruleset() (string, error) {
 	}
 	const (
 		toUs    = "fib daddr type local tcp dport @ports tcp dport != @open counter reject with tcp reset"
-		fromUs  = "tcp sport @ports tcp sport != @open counter reject with tcp reset"
+		fromUs  = "tcp sport @ports tcp sport != @open counter tcp flags set rst | ack"
 		answers = "ct direction reply ct status dnat meta l4proto tcp ct original proto-dst @ports " +
-			"ct original proto-dst != @open counter reject with tcp reset"
+			"ct original proto-dst != @open counter tcp flags set rst | ack"
 	)
 	var b strings.Builder
 	line := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }

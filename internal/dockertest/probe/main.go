@@ -39,7 +39,7 @@ func run(args []string) int {
 		return untilSignal(syscall.SIGUSR1)
 	case "count": // append a byte to a file every 2 ms: a writer
 		return count(arg)
-	case "serve": // answer each line on a TCP address with the same line
+	case "serve": // answer each line on a TCP address with the same line; "sleep 1s" after that time
 		return serve(arg)
 	case "family": // children and grandchildren
 		return family(arg)
@@ -124,6 +124,10 @@ func serve(addr string) int {
 			defer c.Close()
 			in := bufio.NewScanner(c)
 			for in.Scan() {
+				if d, ok := strings.CutPrefix(in.Text(), "sleep "); ok {
+					wait, _ := time.ParseDuration(d)
+					time.Sleep(wait)
+				}
 				if _, err := fmt.Fprintln(c, in.Text()); err != nil {
 					break
 				}
