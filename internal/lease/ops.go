@@ -68,6 +68,7 @@ func (l *Lease) acquire(ctx context.Context, edit func(*Record)) error {
 	return l.take(ctx, next, epoch, change{
 		next:    func(Record) (Record, error) { return next, nil },
 		done:    func(rec Record) bool { return l.mine(rec, next.Term) },
+		ours:    true,
 		watched: true,
 	})
 }
@@ -151,6 +152,7 @@ func (l *Lease) resume(ctx context.Context) error {
 			return next, nil
 		},
 		done: func(rec Record) bool { return l.mine(rec, run.Term) },
+		ours: true,
 	})
 }
 
@@ -174,19 +176,30 @@ func (l *Lease) Commit(ctx context.Context, basis Record, edit func(*Record)) (R
 	if err != nil {
 		return Record{}, fmt.Errorf("commit: %w", err)
 	}
-	a, err := l.apply(ctx, l.renewal(own, epoch, func(cur Record, next *Record) error {
-		if cur.Term != basis.Term || cur.Holder.Incarnation != basis.Holder.Incarnation ||
-			!cur.SameHead(basis) || cur.GCSeq != basis.GCSeq {
-			return ErrStale
-		}
-		ttl := next.TTL
-		edit(next)
-		// Not an edit's to change.
-		next.ClusterID, next.Term, next.TTL = cur.ClusterID, cur.Term, ttl
-		next.Holder.Instance, next.Holder.Incarnation = cur.Holder.Instance, cur.Holder.Incarnation
-		next.Released, next.Successor = false, ""
-		return nil
-	}))
+	var last Record
+	a, err := l.apply(ctx, change{
+		next: func(cur Record) (Record, error) {
+			if cur.Term != basis.Term || cur.Holder.Incarnation != basis.Holder.Incarnation ||
+				!cur.SameHead(basis) || cur.GCSeq != basis.GCSeq {
+				return Record{}, ErrStale
+			}
+			next, err := l.renewed(own, epoch, cur)
+			if err != nil {
+				return Record{}, err
+			}
+			ttl := next.TTL
+			edit(&next)
+			// Not an edit's to change.
+			next.ClusterID, next.Term, next.TTL = cur.ClusterID, cur.Term, ttl
+			next.Holder.Instance, next.Holder.Incarnation = cur.Holder.Instance, cur.Holder.Incarnation
+			next.Released, next.Successor = false, ""
+			last = next
+			return next, nil
+		},
+		done: func(rec Record) bool {
+			return l.mine(rec, own.term) && rec.SameData(last) && !rec.SameData(basis)
+		},
+	})
 	if err != nil {
 		return a.rec, fmt.Errorf("commit: %w", err)
 	}
@@ -236,17 +249,15 @@ func (l *Lease) Relinquish() { l.letGo("relinquished") }
 
 func (l *Lease) letGo(reason string) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.epoch++
 	l.claim = 0
 	if l.held != nil {
 		l.log.Info("lease given up", "term", l.held.term, "reason", reason)
 		l.held = nil
 	}
-	if err := l.removeRun(); err != nil {
-		l.log.Warn("run file not removed", "error", err)
-	}
 	l.notify()
+	l.mu.Unlock()
+	l.forgetRun()
 }
 
 // PutOrder leaves an operator's wish for the holder of o.Term. Any instance may; the term and

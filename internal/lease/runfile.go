@@ -68,16 +68,15 @@ func (l *Lease) writeRun(clusterID string, term uint64, deadline boottime.Instan
 	}
 }
 
-// removeRun is done before a release is sent and when a tenure is relinquished: no later
-// start may go on with it.
-func (l *Lease) removeRun() error {
+// forgetRun is done before a release is sent and when a tenure is relinquished: a later start
+// shall not go on with it. Should it fail, a resumption is still a swap that may lose.
+func (l *Lease) forgetRun() {
 	if l.cfg.RunFile == "" {
-		return nil
+		return
 	}
 	if err := l.cfg.FS.Remove(l.cfg.RunFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove run file: %w", err)
+		l.log.Warn("run file not removed", "error", err)
 	}
-	return nil
 }
 
 // lockInstance refuses a second agent on this machine for as long as the first one lives. The

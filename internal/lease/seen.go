@@ -181,7 +181,7 @@ func (m *memory) flush(ctx context.Context) error {
 		return nil
 	}
 	m.mu.Lock()
-	if m.state != nil && m.state.Version != m.saved {
+	if m.state != nil && (m.state.Version != m.saved || m.err != nil) {
 		m.dirty = true
 		m.start()
 	}

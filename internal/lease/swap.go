@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"dbsupervisor/internal/boottime"
@@ -15,7 +16,7 @@ const maxSwapTries = 16
 // attempt is one swap: what it gave and from when its effect counts.
 type attempt struct {
 	rec  Record
-	sent boottime.Instant // before the swap was sent (rule 3)
+	sent boottime.Instant // before the swap was sent (rule 3); 0: it proves no validity
 }
 
 // swap does one compare-and-swap under its own time-out. The slot is taken.
@@ -49,8 +50,11 @@ type change struct {
 	// next makes the new record from the newest one, or says why not. It may be called
 	// several times.
 	next func(cur Record) (Record, error)
-	// done recognises, in a newer record, the effect of an own swap of unknown outcome.
+	// done recognises, in a newer record, the effect of an own swap of unknown outcome. nil:
+	// it can't be told, so the change is applied once more.
 	done func(cur Record) bool
+	// ours: done can be true only if an own swap took effect, so that it proves validity.
+	ours bool
 	// watched: the swap is done on the record that was watched and on no other one.
 	watched bool
 }
@@ -65,7 +69,8 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 	cur := l.rec
 	l.mu.Unlock()
 	var unknown *attempt // our first swap of unknown outcome
-	var cause error      // why
+	var cause error      // why it is unknown
+	var nonces []string  // of all own swaps for that number
 	lost := func(err error) (attempt, error) {
 		if unknown == nil {
 			return attempt{}, err
@@ -90,7 +95,7 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 				u := a
 				unknown = &u
 			}
-			cause = err
+			cause, nonces = err, append(nonces, a.rec.Nonce)
 		case !errors.Is(err, ErrConflict):
 			return lost(err)
 		}
@@ -111,12 +116,14 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 			continue
 		}
 		if unknown != nil {
-			if c.done(newest) {
-				// Ours, or a later record that builds on ours. It counts from the
-				// first offer, the earliest that may have taken effect.
+			// It counts from the first offer, the earliest that may have taken effect.
+			if slices.Contains(nonces, newest.Nonce) || (c.ours && c.done(newest)) {
 				return attempt{rec: newest, sent: unknown.sent}, nil
 			}
-			unknown, cause = nil, nil
+			if c.done != nil && c.done(newest) {
+				return attempt{rec: newest}, nil
+			}
+			unknown, cause, nonces = nil, nil, nil
 		}
 		if c.watched {
 			return attempt{}, ErrConflict
@@ -129,6 +136,9 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 // extend makes a successful swap count: it asks the fence first and then moves the deadline.
 // own says which tenure (nil: a new one); epoch is the one in which the swap was sent.
 func (l *Lease) extend(ctx context.Context, a attempt, ttl time.Duration, own *tenure, epoch uint64) error {
+	if a.sent == 0 {
+		return nil
+	}
 	deadline := a.sent.Add(min(ttl, l.cfg.TTL) - l.cfg.Margin)
 	valid := func() error {
 		l.mu.Lock()
@@ -166,9 +176,16 @@ func (l *Lease) extend(ctx context.Context, a attempt, ttl time.Duration, own *t
 			return err
 		}
 	}
+	if own != nil && deadline < own.deadline {
+		deadline = own.deadline
+	}
+	l.writeRun(a.rec.ClusterID, a.rec.Term, deadline)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.epoch != epoch || l.held != own {
+		if l.epoch != epoch {
+			l.forgetRun() // given up meanwhile: nothing to resume
+		}
 		return ErrNotHeld
 	}
 	if own == nil {
@@ -180,11 +197,10 @@ func (l *Lease) extend(ctx context.Context, a attempt, ttl time.Duration, own *t
 		case l.rearm <- struct{}{}:
 		default:
 		}
-	} else if deadline > own.deadline {
+	} else {
 		own.deadline = deadline
 	}
-	l.deadline = l.held.deadline
-	l.writeRun(a.rec.ClusterID, l.held.term, l.held.deadline)
+	l.deadline = deadline
 	l.notify()
 	return nil
 }
@@ -227,7 +243,7 @@ func (l *Lease) renew(ctx context.Context) error {
 			return fmt.Errorf("renew lease: %w", err)
 		}
 	}
-	a, err := l.apply(ctx, l.renewal(own, epoch, nil))
+	a, err := l.apply(ctx, change{next: func(cur Record) (Record, error) { return l.renewed(own, epoch, cur) }})
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}
@@ -237,28 +253,14 @@ func (l *Lease) renew(ctx context.Context) error {
 	return nil
 }
 
-// renewal is the change that every write of the holder is. edit may be nil.
-func (l *Lease) renewal(own *tenure, epoch uint64, edit func(cur Record, next *Record) error) change {
-	var last Record
-	return change{
-		next: func(cur Record) (Record, error) {
-			if err := l.stillOurs(own, epoch, cur); err != nil {
-				return Record{}, err
-			}
-			next := cur.Clone()
-			next.TTL = Duration(l.cfg.TTL)
-			if edit != nil {
-				if err := edit(cur, &next); err != nil {
-					return Record{}, err
-				}
-			}
-			last = next
-			return next, nil
-		},
-		done: func(cur Record) bool {
-			return l.stillOurs(own, epoch, cur) == nil && cur.SameData(last)
-		},
+// renewed is the record that every write of the holder starts from.
+func (l *Lease) renewed(own *tenure, epoch uint64, cur Record) (Record, error) {
+	if err := l.stillOurs(own, epoch, cur); err != nil {
+		return Record{}, err
 	}
+	next := cur.Clone()
+	next.TTL = Duration(l.cfg.TTL)
+	return next, nil
 }
 
 // stillOurs checks the tenure against the clock and against a record.
