@@ -125,10 +125,10 @@ func (v *Volume) open() error {
 		}
 		return fmt.Errorf("lock directory: %w", err)
 	}
-	if err := v.cleanSpool(); err != nil {
+	if err := v.loadState(); err != nil {
 		return err
 	}
-	if err := v.loadState(); err != nil {
+	if err := v.cleanSpool(); err != nil {
 		return err
 	}
 	return v.checkOneFS()

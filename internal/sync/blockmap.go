@@ -1,0 +1,232 @@
+package sync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"unsafe"
+
+	"github.com/zeebo/xxh3"
+	"golang.org/x/sys/unix"
+)
+
+// code stands for the content of one block: the two ways of being zero, or a hash.
+type code uint64
+
+const (
+	codeHole    code = 0
+	codeZero    code = 1
+	codeUnknown code = ^code(0) // not read yet, or only in part
+)
+
+// codeOf makes a code of a block's xxh3.
+func codeOf(h uint64) code {
+	switch c := code(h); c {
+	case codeHole, codeZero:
+		return c + 2
+	case codeUnknown:
+		return c - 1
+	default:
+		return c
+	}
+}
+
+func (c code) kind() ExtentKind {
+	switch c {
+	case codeHole:
+		return ExtentHole
+	case codeZero:
+		return ExtentZero
+	default:
+		return ExtentData
+	}
+}
+
+// blockCode looks at a whole block.
+func blockCode(b []byte) code {
+	if allZero(b) {
+		return codeZero
+	}
+	return codeOf(xxh3.Hash(b))
+}
+
+func allZero(b []byte) bool {
+	for len(b) >= 8 {
+		if *(*uint64)(unsafe.Pointer(unsafe.SliceData(b))) != 0 {
+			return false
+		}
+		b = b[8:]
+	}
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// readChunk is how much is read in one call: large enough to be cheap, small enough to
+// notice the end of a freeze's budget.
+const readChunk = 1 << 20
+
+// blockSink is told the codes of consecutive blocks. data is nil for holes and zeros that
+// didn't have to be read; otherwise it has the blocks, padded with zeros, and is valid
+// during the call only.
+type blockSink func(first uint64, codes []code, data []byte) error
+
+// readBlocks looks at blocks [from, to) of a file of size bytes. Where the file is shorter
+// by now, the rest counts as zeros: its stat will differ too.
+func readBlocks(ctx context.Context, f *os.File, size, alloc int64, from, to uint64, sink blockSink) error {
+	end := min(int64(to)*BlockSize, size)
+	buf := make([]byte, min(int64(readChunk), int64(to-from)*BlockSize))
+	codes := make([]code, len(buf)/BlockSize)
+	zeros := unwritten{f: f, skip: alloc == 0}
+	for b := from; b < to; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		data, stop, err := nextData(f, int64(b)*BlockSize, end)
+		if err != nil {
+			return err
+		}
+		// Blocks before the data are holes, or allocated and unwritten.
+		hole := min(uint64(data)/BlockSize, to)
+		if data >= end {
+			hole = to
+		}
+		for b < hole {
+			n := min(hole-b, uint64(len(codes)))
+			for i := range codes[:n] {
+				c, err := zeros.code(int64(b+uint64(i))*BlockSize, min(int64(b+uint64(i)+1)*BlockSize, end))
+				if err != nil {
+					return err
+				}
+				codes[i] = c
+			}
+			if err := sink(b, codes[:n], nil); err != nil {
+				return err
+			}
+			b += n
+		}
+		last := min((uint64(stop)+BlockSize-1)/BlockSize, to)
+		for b < last {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := min(last-b, uint64(len(codes)))
+			chunk := buf[:n*BlockSize]
+			k, err := f.ReadAt(chunk[:min(int64(len(chunk)), end-int64(b)*BlockSize)], int64(b)*BlockSize)
+			if err != nil && !errors.Is(err, io.EOF) {
+				return fmt.Errorf("read %s: %w", f.Name(), err)
+			}
+			clear(chunk[k:])
+			for i := range codes[:n] {
+				codes[i] = blockCode(chunk[i*BlockSize : (i+1)*BlockSize])
+			}
+			if err := sink(b, codes[:n], chunk); err != nil {
+				return err
+			}
+			b += n
+		}
+	}
+	return nil
+}
+
+// nextData finds the first data at or after off: [start, stop). start is end or more if
+// there is none.
+func nextData(f *os.File, off, end int64) (start, stop int64, err error) {
+	fd := int(f.Fd())
+	start, err = unix.Seek(fd, off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return end, end, nil
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		return off, end, nil // the file system doesn't tell holes apart
+	case err != nil:
+		return 0, 0, fmt.Errorf("seek data in %s: %w", f.Name(), err)
+	}
+	if start >= end {
+		return end, end, nil
+	}
+	stop, err = unix.Seek(fd, start, unix.SEEK_HOLE)
+	if errors.Is(err, unix.ENXIO) { // truncated just now
+		return start, end, nil
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("seek hole in %s: %w", f.Name(), err)
+	}
+	return start, min(max(stop, start+1), end), nil
+}
+
+// unwritten tells allocated but unwritten ranges (fallocate) from holes. It asks the file
+// system for the extent map as far as needed.
+type unwritten struct {
+	f      *os.File
+	skip   bool // nothing can be unwritten
+	upTo   int64
+	ranges [][2]int64 // known unwritten ranges that end behind the last question
+}
+
+// Fiemap, linux/fiemap.h.
+const (
+	fsIocFiemap        = 0xC020660B
+	fiemapLast         = 0x1
+	fiemapUnwritten    = 0x800
+	fiemapExtentsAtOne = 128
+)
+
+type fiemapExtent struct {
+	Logical, Physical, Length uint64
+	_                         [2]uint64
+	Flags                     uint32
+	_                         [3]uint32
+}
+
+type fiemapRequest struct {
+	Start, Length                 uint64
+	Flags, Mapped, Count, Padding uint32
+	Extents                       [fiemapExtentsAtOne]fiemapExtent
+}
+
+// code says what a block without data is. Questions must come in ascending order.
+func (u *unwritten) code(from, to int64) (code, error) {
+	for !u.skip && u.upTo < to {
+		if err := u.more(max(from, u.upTo)); err != nil {
+			return 0, err
+		}
+	}
+	for len(u.ranges) > 0 && u.ranges[0][1] <= from {
+		u.ranges = u.ranges[1:]
+	}
+	if len(u.ranges) > 0 && u.ranges[0][0] < to {
+		return codeZero, nil
+	}
+	return codeHole, nil
+}
+
+func (u *unwritten) more(from int64) error {
+	req := fiemapRequest{Start: uint64(from), Length: ^uint64(0) - uint64(from), Count: fiemapExtentsAtOne}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, u.f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&req)))
+	switch {
+	case errors.Is(errno, unix.EOPNOTSUPP), errors.Is(errno, unix.ENOTTY), errors.Is(errno, unix.EINVAL):
+		u.skip = true
+		return nil
+	case errno != 0:
+		return fmt.Errorf("map extents of %s: %w", u.f.Name(), errno)
+	}
+	u.upTo = int64(^uint64(0) >> 1)
+	n := min(req.Mapped, fiemapExtentsAtOne)
+	for _, e := range req.Extents[:n] {
+		if e.Flags&fiemapUnwritten != 0 {
+			u.ranges = append(u.ranges, [2]int64{int64(e.Logical), int64(e.Logical + e.Length)})
+		}
+		if e.Flags&fiemapLast == 0 && n == fiemapExtentsAtOne {
+			u.upTo = int64(e.Logical + e.Length)
+		} else {
+			u.upTo = int64(^uint64(0) >> 1)
+		}
+	}
+	return nil
+}
