@@ -1,0 +1,400 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"dbsupervisor/internal/api"
+	"dbsupervisor/internal/lease"
+	volsync "dbsupervisor/internal/sync"
+)
+
+var _ api.Agent = (*Supervisor)(nil)
+
+const (
+	// memberEvery is how often an instance announces itself.
+	memberEvery = 5 * time.Second
+	// pollMove is how often a waiting command looks whether a move has happened.
+	pollMove = 100 * time.Millisecond
+	// movePatience is how long a command waits for a move, beside the engine's stop time-out.
+	movePatience = 10 * time.Minute
+)
+
+// memberWindow is how long a silent instance counts as alive.
+func (s *Supervisor) memberWindow() time.Duration { return 3 * memberEvery }
+
+func (s *Supervisor) member() Member {
+	s.mu.Lock()
+	state := s.decision.State
+	set := s.set
+	broken := s.fails[ActHydrate] > 0
+	s.mu.Unlock()
+	st := s.volume.State()
+	return Member{
+		Instance: set.Instance, Incarnation: s.lease.Incarnation(), State: state,
+		Base: st.Base.ID, BaseSeq: st.Base.Seq, Zone: set.Zone, HTTP: set.HTTP.Listen, Version: s.cfg.Version,
+		Eligible: !set.Failover.NoFailover && state == StateStandby && !broken,
+	}
+}
+
+func (s *Supervisor) memberFailed(err error) {
+	if err != nil {
+		s.log.Debug("instance not announced on the share", "error", err)
+	}
+}
+
+// Live implements api.Agent.
+func (s *Supervisor) Live() api.Live {
+	v := s.lease.View()
+	db := s.db.state()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := api.Live{Role: s.role(v, db), Term: v.Record.Term, DatabaseAnswers: db.answers(s.clock.Now()), Beat: s.beat}
+	if v.Holding {
+		l.Deadline = v.Deadline
+	}
+	if d := s.degraded(v, db); len(d) > 0 {
+		l.Failing = strings.Join(d, "; ")
+	}
+	return l
+}
+
+// role is the state in the words that load balancers and operators know. s.mu is held.
+func (s *Supervisor) role(v lease.View, db dbState) api.Role {
+	switch s.decision.State {
+	case StatePrimary:
+		if v.Holding && db.serving {
+			return api.RolePrimary
+		}
+		if !v.Holding {
+			return api.RoleFenced
+		}
+		return api.RoleStarting
+	case StateTakeover:
+		return api.RoleStarting
+	case StateHandoff:
+		return api.RoleHandoff
+	case StateFencing:
+		return api.RoleFenced
+	case StateStandby:
+		return api.RoleStandby
+	}
+	return api.RoleDown
+}
+
+// degraded lists why the duty is not wholly fulfilled. s.mu is held.
+func (s *Supervisor) degraded(v lease.View, db dbState) []string {
+	var out []string
+	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	now := s.clock.Now()
+	if s.decision.State == StateJoining {
+		add("the register has not been read yet")
+	}
+	if v.Err != nil {
+		add("register: %v", v.Err)
+	}
+	if v.FenceErr != nil {
+		add("fence: %v", v.FenceErr)
+	}
+	if s.decision.State == StatePrimary || s.decision.State == StateTakeover {
+		if !db.answers(now) {
+			add("database does not answer")
+		}
+		if n := s.fails[ActSnapshot]; n > 0 {
+			add("snapshots fail (%d in a row)", n)
+		}
+	}
+	if n := s.fails[ActHydrate]; n > 0 {
+		add("local copy can't be brought to head (%d failures in a row)", n)
+	}
+	return out
+}
+
+// Status implements api.Agent. It waits for nothing: everything in it is already known.
+func (s *Supervisor) Status(context.Context) (api.Status, error) {
+	v := s.lease.View()
+	db := s.db.state()
+	gateOpen, gateLeft, gateErr, guardErr := s.db.fences()
+	forks, forkErr := s.volume.Forks()
+	hist, histErr := s.events.last(5)
+	now, wall := s.clock.Now(), s.clock.Wall()
+	vol := s.volume.State()
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := v.Record
+	st := api.Status{
+		Role: s.role(v, db), State: string(s.decision.State), Degraded: s.degraded(v, db),
+		Source: "agent", At: wall, Version: s.cfg.Version,
+		Cluster: s.set.Cluster, ClusterID: r.ClusterID, Instance: s.set.Instance,
+		Incarnation: s.lease.Incarnation(), Zone: s.set.Zone, Term: r.Term,
+		Primary: api.Primary{Instance: r.Holder.Instance, Address: r.Holder.Address, HTTP: r.Holder.HTTP,
+			Zone: r.Holder.Zone, Self: r.Holder.Instance == s.set.Instance && v.Holding},
+		Released: r.Released, Successor: r.Successor, Paused: r.Paused,
+		Lease: api.Lease{Holding: v.Holding, TTLMS: time.Duration(r.TTL).Milliseconds(), Version: r.Version},
+		Local: api.Local{VolumeID: vol.ID, Phase: string(vol.Phase), Base: vol.Base.ID},
+		Database: api.Database{Container: db.name, Image: s.set.Database.Image, Running: db.running,
+			Healthy: db.answers(now), Error: db.err, Restarts: db.restarts},
+		Sync: api.Sync{Schedule: s.set.Sync.Schedule, Running: s.job == ActSnapshot,
+			ConsecutiveFailures: s.fails[ActSnapshot], LastError: s.syncErr, Tier: s.volume.Tier(),
+			Commits: s.commits, Failures: s.failures},
+		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress, History: hist,
+		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},
+		Guard: api.Guard{OK: guardErr == nil, Error: text(guardErr)},
+	}
+	if !db.lastProbe.IsZero() {
+		at := db.lastProbe
+		st.Database.LastProbe = &at
+	}
+	if v.Holding {
+		left := v.Deadline.Sub(now).Milliseconds()
+		st.Lease.DeadlineInMS = &left
+	} else if v.Loaded {
+		left := max(v.ChallengeAt.Sub(now), 0).Milliseconds()
+		st.Lease.ChallengeInMS = &left
+	}
+	if v.LastContact != 0 {
+		ago := now.Sub(v.LastContact).Milliseconds()
+		st.Lease.LastContactMS = &ago
+	}
+	st.Lease.Error = text(v.Err)
+	if h := r.Head; h != nil {
+		st.Head = &api.Head{ID: h.ID, Seq: h.Seq, Term: h.Term, Frozen: h.Frozen, AgeSeconds: wall.Sub(h.Frozen).Seconds()}
+		if vol.Phase != volsync.PhaseLive {
+			st.Local.BehindSnapshots = int64(h.Seq) - int64(vol.Base.Seq)
+		}
+	}
+	if v.Holding && s.safeUntil != 0 {
+		loss := now.Sub(s.safeUntil).Seconds()
+		st.LossWindowSeconds = &loss
+	}
+	if s.decision.State == StatePrimary {
+		next := wall.Add(s.nextSync.Sub(now))
+		st.Sync.Next = &next
+	}
+	for _, f := range forks {
+		st.Forks = append(st.Forks, s.fork(f))
+	}
+	if err := errors.Join(forkErr, histErr); err != nil {
+		st.Degraded = append(st.Degraded, err.Error())
+	}
+	return st, nil
+}
+
+func (s *Supervisor) fork(f volsync.Fork) api.Fork {
+	return api.Fork{Name: f.Name, Path: f.Path, Reason: f.Reason, At: f.Time, Base: f.Base.ID, Term: f.LiveTerm,
+		ExpiresAt: f.Time.Add(s.set.Sync.ForkKeep)}
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func cutArrow(move string) (from, to string, ok bool) { return strings.Cut(move, " -> ") }
+
+// Sync implements api.Agent.
+func (s *Supervisor) Sync(ctx context.Context, report api.Report) (api.SyncResult, error) {
+	if !s.lease.View().Holding {
+		return api.SyncResult{}, s.notPrimary()
+	}
+	ch := make(chan syncOutcome, 1)
+	s.mu.Lock()
+	s.syncNext = append(s.syncNext, ch)
+	delete(s.waiting, ActSnapshot)
+	s.mu.Unlock()
+	s.poke()
+	for {
+		select {
+		case out := <-ch:
+			return out.result, out.err
+		case <-ctx.Done():
+			return api.SyncResult{}, ctx.Err()
+		case <-time.After(pollMove):
+		}
+		s.mu.Lock()
+		if s.progress != nil {
+			report(*s.progress)
+		}
+		s.mu.Unlock()
+		if !s.lease.View().Holding {
+			return api.SyncResult{}, s.notPrimary()
+		}
+	}
+}
+
+func (s *Supervisor) notPrimary() error {
+	p := s.lease.View().Record.Holder.Instance
+	if p == "" {
+		return api.WithHint(api.ErrNotPrimary, "no instance holds the lease yet")
+	}
+	return api.WithHint(api.ErrNotPrimary, "ask on instance "+p)
+}
+
+// Switchover implements api.Agent.
+func (s *Supervisor) Switchover(ctx context.Context, req api.SwitchoverRequest, report api.Report) (api.MoveResult, error) {
+	v := s.lease.View()
+	switch {
+	case !v.Loaded || v.Record.Term == 0:
+		return api.MoveResult{}, s.notPrimary()
+	case v.Record.Released:
+		return api.MoveResult{}, api.WithHint(errors.New("nobody holds the term"), "the next instance takes it by itself; see `dbsupervisor status`")
+	case req.To == v.Record.Holder.Instance:
+		return api.MoveResult{}, fmt.Errorf("%s is the primary already", req.To)
+	}
+	if req.To != "" && req.To != s.set.Instance {
+		if _, ok := s.members.successor(req.To, s.memberWindow()); !ok {
+			return api.MoveResult{}, api.WithHint(fmt.Errorf("%w: %s is not an eligible standby", api.ErrNoSuccessor, req.To), s.knownMembers())
+		}
+	}
+	if req.To == "" && !v.Holding {
+		req.To = s.set.Instance
+	}
+	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderSwitchover, Term: v.Record.Term, To: req.To}, report)
+}
+
+func (s *Supervisor) knownMembers() string {
+	var names []string
+	for _, m := range s.members.alive(s.memberWindow()) {
+		names = append(names, fmt.Sprintf("%s (%s)", m.Instance, m.State))
+	}
+	if len(names) == 0 {
+		return "no other instance has announced itself within " + s.memberWindow().String()
+	}
+	return "instances seen: " + strings.Join(names, ", ")
+}
+
+// Failover implements api.Agent.
+func (s *Supervisor) Failover(ctx context.Context, req api.FailoverRequest, report api.Report) (api.MoveResult, error) {
+	v := s.lease.View()
+	if !v.Loaded || v.Record.Term == 0 {
+		return api.MoveResult{}, s.notPrimary()
+	}
+	if req.To == "" && !v.Holding {
+		req.To = s.set.Instance
+	}
+	if req.To == v.Record.Holder.Instance {
+		return api.MoveResult{}, api.WithHint(fmt.Errorf("%s is the primary already", req.To), "name the instance that shall take over: --to")
+	}
+	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderFailover, Term: v.Record.Term, To: req.To}, report)
+}
+
+// order leaves the order in the register and waits until another term has begun.
+func (s *Supervisor) order(ctx context.Context, o lease.Order, report api.Report) (api.MoveResult, error) {
+	began := s.clock.Now()
+	if err := s.lease.PutOrder(ctx, o); err != nil {
+		return api.MoveResult{}, fmt.Errorf("leave %s order in the register: %w", o.Kind, err)
+	}
+	s.event("ordered", "", string(o.Kind)+" to "+orNobody(o.To))
+	s.poke()
+	for {
+		v := s.lease.View()
+		r := v.Record
+		if r.Term > o.Term {
+			res := api.MoveResult{Primary: r.Holder.Instance, Term: r.Term, DurationMS: ms(s.clock.Now().Sub(began))}
+			res.Lossless = o.Kind == lease.OrderSwitchover && r.Term == o.Term+1
+			return res, nil
+		}
+		if err, ok := answer(r, o.ID); ok {
+			return api.MoveResult{}, err
+		}
+		if s.clock.Now().Sub(began) > movePatience {
+			return api.MoveResult{}, fmt.Errorf("no other instance has taken the term within %s", movePatience)
+		}
+		report(api.Progress{Phase: fmt.Sprintf("waiting for another term than %d", o.Term)})
+		if err := s.clock.WaitUntil(ctx, s.clock.Now().Add(pollMove)); err != nil {
+			return api.MoveResult{}, err
+		}
+	}
+}
+
+// Pause implements api.Agent.
+func (s *Supervisor) Pause(ctx context.Context, paused bool) error {
+	if err := s.lease.SetPaused(ctx, paused); err != nil {
+		return fmt.Errorf("change paused flag: %w", err)
+	}
+	s.event(map[bool]string{true: "paused", false: "resumed failover"}[paused], "", "")
+	return nil
+}
+
+// Rollback implements api.Agent.
+func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, report api.Report) (api.RollbackResult, error) {
+	v := s.lease.View()
+	if !v.Loaded || v.Record.Term == 0 || v.Record.Released {
+		return api.RollbackResult{}, s.notPrimary()
+	}
+	if v.Record.Head == nil {
+		return api.RollbackResult{}, api.ErrNoSnapshot
+	}
+	ref, err := s.findSnapshot(ctx, v.Record, req.Snapshot)
+	if err != nil {
+		return api.RollbackResult{}, err
+	}
+	began := s.clock.Now()
+	o := lease.Order{ID: s.nonce(), Kind: lease.OrderRollback, Term: v.Record.Term, Snapshot: req.Snapshot}
+	if err := s.lease.PutOrder(ctx, o); err != nil {
+		return api.RollbackResult{}, fmt.Errorf("leave rollback order in the register: %w", err)
+	}
+	s.poke()
+	from := v.Record.Head.ID
+	for {
+		v := s.lease.View()
+		r := v.Record
+		if err, ok := answer(r, o.ID); ok {
+			if err != nil {
+				return api.RollbackResult{}, err
+			}
+			return api.RollbackResult{Head: r.Head.ID, From: from, Frozen: ref.Frozen, DurationMS: ms(s.clock.Now().Sub(began))}, nil
+		}
+		if r.Term != o.Term {
+			return api.RollbackResult{}, errors.New("the term ended before the rollback was done")
+		}
+		report(api.Progress{Phase: "rolling back"})
+		if err := s.clock.WaitUntil(ctx, s.clock.Now().Add(pollMove)); err != nil {
+			return api.RollbackResult{}, err
+		}
+	}
+}
+
+// answer says what became of an order, if the holder has answered it.
+func answer(r lease.Record, id string) (error, bool) {
+	if r.Answer == nil || r.Answer.Order != id {
+		return nil, false
+	}
+	if r.Answer.Error == "" {
+		return nil, true
+	}
+	return api.WithHint(errors.New(r.Answer.Error), r.Answer.Hint), true
+}
+
+// Restart implements api.Agent.
+func (s *Supervisor) Restart(context.Context) error {
+	s.mu.Lock()
+	s.restarting = true
+	s.mu.Unlock()
+	// The answer goes out before the loop ends.
+	time.AfterFunc(pollMove, s.poke)
+	s.event("agent restart", "", "asked for; the database keeps running")
+	return nil
+}
+
+// History implements api.Agent.
+func (s *Supervisor) History(_ context.Context, n int) ([]api.Event, error) { return s.events.last(n) }
+
+// Forks implements api.Agent.
+func (s *Supervisor) Forks(context.Context) ([]api.Fork, error) {
+	forks, err := s.volume.Forks()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]api.Fork, 0, len(forks))
+	for _, f := range forks {
+		out = append(out, s.fork(f))
+	}
+	return out, nil
+}

@@ -1,0 +1,73 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"dbsupervisor/internal/fence"
+	volsync "dbsupervisor/internal/sync"
+)
+
+// freezer returns what stops the database for one capture. While it is frozen nobody asks
+// Docker for anything that would hang on it.
+func (d *database) freezer(budget time.Duration) volsync.Freezer {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return &freezer{d: d, f: fence.NewFreezer(fence.FreezerConfig{
+		Guard: d.cfg.Guard, Group: d.group, Budget: budget, Log: d.log,
+	})}
+}
+
+type freezer struct {
+	d *database
+	f *fence.Freezer
+}
+
+// Freeze implements volsync.Freezer.
+func (f *freezer) Freeze(ctx context.Context) error {
+	f.d.use.Lock()
+	if err := f.f.Freeze(ctx); err != nil {
+		f.d.use.Unlock()
+		return err
+	}
+	return nil
+}
+
+// Thaw implements volsync.Freezer.
+func (f *freezer) Thaw() error {
+	defer f.d.use.Unlock()
+	err := f.f.Thaw()
+	if errors.Is(err, fence.ErrFreezeBroken) {
+		return fmt.Errorf("%w: %w", volsync.ErrFreezeBroken, err)
+	}
+	return err
+}
+
+// beforeFreeze runs the engine's own preparation in the container.
+func (d *database) beforeFreeze(ctx context.Context) error {
+	return d.hook(ctx, "before_freeze", d.set.Database.BeforeFreeze)
+}
+
+// afterFreeze undoes it.
+func (d *database) afterFreeze(ctx context.Context) error {
+	return d.hook(ctx, "after_freeze", d.set.Database.AfterFreeze)
+}
+
+func (d *database) hook(ctx context.Context, name string, cmd []string) error {
+	if len(cmd) == 0 {
+		return nil
+	}
+	d.use.Lock()
+	defer d.use.Unlock()
+	res, err := d.cfg.Docker.Exec(ctx, d.state().id, cmd)
+	if err != nil {
+		return fmt.Errorf("run %s: %w", name, err)
+	}
+	if res.ExitCode != 0 {
+		return fmt.Errorf("run %s: exit status %d: %s", name, res.ExitCode, strings.TrimSpace(res.Stderr+res.Stdout))
+	}
+	return nil
+}

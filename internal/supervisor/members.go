@@ -1,0 +1,190 @@
+package supervisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"dbsupervisor/internal/boottime"
+	"dbsupervisor/internal/fsx"
+)
+
+// Member is what an instance tells the others about itself. It is advice (who could take
+// over, whom to show in status); nothing that matters for safety is decided by it.
+type Member struct {
+	Instance    string `json:"instance"`
+	Incarnation string `json:"incarnation"`
+	State       State  `json:"state"`
+	Base        string `json:"base"` // ID of the snapshot that its volume holds
+	BaseSeq     uint64 `json:"base_seq"`
+	Eligible    bool   `json:"eligible"` // may become primary
+	HTTP        string `json:"http,omitempty"`
+	Zone        string `json:"zone,omitempty"`
+	Version     string `json:"version,omitempty"`
+}
+
+// members is the directory members/ of the share. Every beat is a new file named
+// <instance>~<beat>, created exclusively, and the one before is removed: nothing is ever
+// overwritten, so a reader never sees a half-written mixture of two beats. Whether another
+// instance is alive is judged by its beat changing, on one's own clock.
+type members struct {
+	fs    fsx.FS
+	dir   string
+	clock boottime.Clock
+
+	mu   sync.Mutex
+	seen map[string]seenBeat
+}
+
+type seenBeat struct {
+	name    string
+	since   boottime.Instant
+	changed bool // it was seen to change: the instance lives, or lived then
+	member  Member
+}
+
+const (
+	maxMemberFile = 64 << 10
+	// memberSeparator can't occur in an instance's name.
+	memberSeparator = "~"
+)
+
+func newMembers(fsys fsx.FS, share string, clock boottime.Clock) *members {
+	return &members{fs: fsys, dir: filepath.Join(share, "members"), clock: clock, seen: map[string]seenBeat{}}
+}
+
+// beat announces m and looks at the others. It may hang with the share.
+func (ms *members) beat(m Member, nonce string) error {
+	if err := ms.fs.MkdirAll(ms.dir); err != nil {
+		return fmt.Errorf("make members directory: %w", err)
+	}
+	list, err := ms.fs.ReadDir(ms.dir)
+	if err != nil {
+		return fmt.Errorf("list members: %w", err)
+	}
+	var own []string
+	var last uint64
+	newest := map[string]string{}
+	for _, de := range list {
+		inst, rest, ok := strings.Cut(de.Name(), memberSeparator)
+		if !ok {
+			continue
+		}
+		n, _, _ := strings.Cut(rest, memberSeparator)
+		num, err := strconv.ParseUint(n, 16, 64)
+		if err != nil {
+			continue
+		}
+		if inst == m.Instance {
+			own = append(own, de.Name())
+			last = max(last, num)
+		}
+		if old, ok := newest[inst]; !ok || de.Name() > old {
+			newest[inst] = de.Name()
+		}
+	}
+	data, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode member: %w", err)
+	}
+	// Zero-padded, so that names sort like numbers.
+	name := fmt.Sprintf("%s%s%016x%s%s", m.Instance, memberSeparator, last+1, memberSeparator, nonce)
+	if err := ms.write(filepath.Join(ms.dir, name), data); err != nil {
+		return err
+	}
+	for _, o := range own {
+		if err := ms.fs.Remove(filepath.Join(ms.dir, o)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove old member file: %w", err)
+		}
+	}
+	delete(newest, m.Instance)
+	ms.look(newest)
+	return nil
+}
+
+func (ms *members) write(path string, data []byte) error {
+	f, err := ms.fs.Create(path)
+	if err != nil {
+		return fmt.Errorf("create member file: %w", err)
+	}
+	_, err = f.Write(data)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("write member file: %w", err)
+	}
+	return nil
+}
+
+func (ms *members) look(newest map[string]string) {
+	now := ms.clock.Now()
+	for inst, name := range newest {
+		ms.mu.Lock()
+		old, known := ms.seen[inst]
+		ms.mu.Unlock()
+		if known && old.name == name {
+			continue
+		}
+		b, err := fsx.ReadFile(ms.fs, filepath.Join(ms.dir, name), maxMemberFile)
+		if err != nil {
+			continue // replaced in between, or the share fails: the next beat looks again
+		}
+		var m Member
+		if json.Unmarshal(b, &m) != nil || m.Instance != inst {
+			continue // still being written
+		}
+		ms.mu.Lock()
+		ms.seen[inst] = seenBeat{name: name, since: now, changed: known, member: m}
+		ms.mu.Unlock()
+	}
+}
+
+// alive lists the other instances whose beat has changed within the given time, by name.
+func (ms *members) alive(within time.Duration) []Member {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	now := ms.clock.Now()
+	var out []Member
+	for _, s := range ms.seen {
+		if s.changed && now.Sub(s.since) <= within {
+			out = append(out, s.member)
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Instance < out[j].Instance })
+	return out
+}
+
+// successor picks who should take over: the one asked for, else the one with the newest
+// data. "" and false: nobody that could.
+func (ms *members) successor(want string, within time.Duration) (Member, bool) {
+	var best Member
+	found := false
+	for _, m := range ms.alive(within) {
+		if !m.Eligible || want != "" && m.Instance != want {
+			continue
+		}
+		if !found || m.BaseSeq > best.BaseSeq {
+			best, found = m, true
+		}
+	}
+	return best, found
+}
+
+// run beats until ctx ends. A share that hangs only makes the beats stop.
+func (ms *members) run(ctx context.Context, every time.Duration, self func() Member, nonce func() string, failed func(error)) {
+	for {
+		failed(ms.beat(self(), nonce()))
+		if ms.clock.WaitUntil(ctx, ms.clock.Now().Add(every)) != nil {
+			return
+		}
+	}
+}

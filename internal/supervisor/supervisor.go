@@ -1,0 +1,390 @@
+package supervisor
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/robfig/cron/v3"
+
+	"dbsupervisor/internal/api"
+	"dbsupervisor/internal/boottime"
+	"dbsupervisor/internal/config"
+	"dbsupervisor/internal/fsx"
+	"dbsupervisor/internal/lease"
+	volsync "dbsupervisor/internal/sync"
+)
+
+// Config is what a Supervisor is made of. It owns none of the parts; the caller closes
+// them after Run has returned.
+type Config struct {
+	Settings *config.Config
+	Clock    boottime.Clock
+	Log      hclog.Logger
+	FS       fsx.FS
+	Rand     io.Reader // randomness for names; nil: crypto/rand
+	Version  string    // of the program
+	// Lease is a lease.Config without Extend, which the supervisor sets.
+	Lease    lease.Config
+	Store    *volsync.Store
+	Volume   *volsync.Volume
+	Database DatabaseConfig
+	// Notify tells the service manager ("READY=1", "WATCHDOG=1", "STATUS=..."); nil: nobody.
+	Notify func(state string)
+	// Reload delivers new settings; only what can change without a restart is taken over.
+	Reload <-chan *config.Config
+}
+
+// Supervisor is one agent. Make it with New, run it once with Run.
+type Supervisor struct {
+	cfg     Config
+	set     *config.Config
+	log     hclog.Logger
+	clock   boottime.Clock
+	lease   *lease.Lease
+	store   *volsync.Store
+	volume  *volsync.Volume
+	db      *database
+	members *members
+	events  *events
+	wake    chan struct{}
+
+	mu        sync.Mutex
+	decision  Decision
+	beat      boottime.Instant
+	job       Action // under way
+	interrupt Action // under way beside it: ActFence or ActYield
+	stopJob   context.CancelFunc
+	waiting   map[Action]boottime.Instant // not to be repeated before
+	fails     map[Action]int              // in a row
+	progress  *api.Progress
+	problem   *api.Problem
+
+	resuming   bool
+	stopping   bool
+	restarting bool
+	yielded    boottime.Instant // when this incarnation last gave the term up
+
+	schedule   cron.Schedule
+	nextSync   boottime.Instant
+	syncWanted bool
+	syncNext   []chan syncOutcome // whoever waits for the next snapshot to begin
+	retainAt   boottime.Instant
+	catalogAt  boottime.Instant // when catalogSeen was first seen as committed
+	catalog    string
+	swept      string // the catalog whose condemned files have been deleted
+
+	baseline   string // ID of the head that captures are computed against
+	hasBase    bool
+	safeUntil  boottime.Instant // every write before is in a committed snapshot; 0: unknown
+	lastCommit *api.LastCommit
+	commits    int64
+	failures   int64
+	syncErr    string
+
+	termCtx    context.Context
+	termCancel context.CancelFunc
+	term       uint64
+}
+
+type syncOutcome struct {
+	result api.SyncResult
+	err    error
+}
+
+// tick is how often the loop looks by itself; everything urgent wakes it.
+const tick = 200 * time.Millisecond
+
+// New checks the parts and puts them together. It starts nothing.
+func New(cfg Config) (*Supervisor, error) {
+	if cfg.Rand == nil {
+		cfg.Rand = rand.Reader
+	}
+	if cfg.Notify == nil {
+		cfg.Notify = func(string) {}
+	}
+	s := &Supervisor{
+		cfg: cfg, set: cfg.Settings, log: cfg.Log.Named("supervisor"), clock: cfg.Clock,
+		store: cfg.Store, volume: cfg.Volume,
+		members: newMembers(cfg.FS, cfg.Settings.Share, cfg.Clock),
+		events:  newEvents(filepath.Join(cfg.Settings.Dir, "state")),
+		wake:    make(chan struct{}, 1),
+		waiting: map[Action]boottime.Instant{},
+		fails:   map[Action]int{},
+	}
+	sched, err := parseSchedule(cfg.Settings.Sync.Schedule)
+	if err != nil {
+		return nil, err
+	}
+	s.schedule = sched
+	s.db = newDatabase(cfg.Database, cfg.Settings, cfg.Clock, cfg.Log.Named("database"))
+	lc := cfg.Lease
+	lc.Self.VolumeID = cfg.Volume.State().ID
+	lc.Extend = s.db.extend
+	if s.lease, err = lease.New(lc); err != nil {
+		return nil, fmt.Errorf("set up lease: %w", err)
+	}
+	return s, nil
+}
+
+// parseSchedule reads a cron expression; the library may panic on odd input.
+func parseSchedule(text string) (sched cron.Schedule, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("parse sync.schedule %q: %v", text, r)
+		}
+	}()
+	sched, err = cron.ParseStandard(text)
+	if err != nil {
+		err = fmt.Errorf("parse sync.schedule %q: %w", text, err)
+	}
+	return sched, err
+}
+
+// Run works until ctx ends, which is an explicit stop: a holder hands off first. It returns
+// nil after an orderly end.
+func (s *Supervisor) Run(ctx context.Context) error {
+	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	var wg sync.WaitGroup
+	spawn := func(f func()) {
+		wg.Add(1)
+		go func() { defer wg.Done(); f() }()
+	}
+	s.resuming = true
+	s.armSchedule()
+	if err := s.db.look(base); err != nil {
+		return api.WithHint(fmt.Errorf("look for the database's container: %w", err),
+			"is the Docker engine running? (systemctl status docker)")
+	}
+	if err := s.db.install(base); err != nil {
+		return err
+	}
+	spawn(func() { s.resume(base) })
+	spawn(func() { s.db.monitor(base, s.poke) })
+	// The share may hang: nothing that waits for it is waited for at the end.
+	go s.members.run(base, memberEvery, s.member, s.nonce, s.memberFailed)
+
+	stop := ctx.Done()
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-stop:
+			stop = nil
+			s.mu.Lock()
+			s.stopping = true
+			s.mu.Unlock()
+			s.cfg.Notify("STOPPING=1")
+		case <-s.lease.Changed():
+		case <-s.wake:
+		case <-ticker.C:
+		case set := <-s.cfg.Reload:
+			s.reload(set)
+		}
+		if s.step(base) {
+			break
+		}
+	}
+	cancel()
+	wg.Wait()
+	return nil
+}
+
+// resume finds out whether the term of before an agent restart is still ours, then lets
+// the lease run.
+func (s *Supervisor) resume(ctx context.Context) {
+	err := s.lease.Resume(ctx)
+	s.mu.Lock()
+	s.resuming = false
+	s.mu.Unlock()
+	switch {
+	case err == nil:
+		v := s.lease.View()
+		s.event("resumed", "", fmt.Sprintf("agent restarted inside term %d", v.Record.Term))
+		if err := s.db.adopt(ctx, v.Record.Term, v.Deadline); err != nil {
+			s.log.Warn("container of this term not adopted", "error", err)
+		}
+	case errors.Is(err, lease.ErrNotYet), ctx.Err() != nil:
+	default:
+		s.log.Warn("term of before the restart not resumed", "error", err)
+	}
+	s.poke()
+	if err := s.lease.Run(ctx); err != nil && ctx.Err() == nil {
+		s.fail("lease stopped working", err)
+	}
+}
+
+// poke wakes the loop.
+func (s *Supervisor) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// step is one round: observe, decide, act. It returns true when the agent may exit.
+func (s *Supervisor) step(base context.Context) bool {
+	s.mu.Lock()
+	s.beat = s.clock.Now()
+	o := s.observe()
+	s.followTerm(base, o)
+	d := decide(o)
+	old := s.decision
+	s.decision = d
+	s.mu.Unlock()
+	s.cfg.Notify("WATCHDOG=1")
+	if old.State != d.State {
+		s.transition(old.State, d, o.Record.Term)
+	}
+	switch d.Action {
+	case ActNone:
+	case ActExit:
+		return true
+	case ActFence, ActYield:
+		s.run(base, d.Action)
+	case ActAcquire, ActHydrate, ActSetAside, ActHandoff:
+		// A handoff outlives the term: its last step is the release.
+		s.run(base, d.Action)
+	default:
+		s.mu.Lock()
+		ctx := s.termCtx
+		s.mu.Unlock()
+		s.run(ctx, d.Action)
+	}
+	return false
+}
+
+// followTerm keeps one context per term that we hold: work done as primary ends with it.
+// s.mu is held.
+func (s *Supervisor) followTerm(base context.Context, o Observation) {
+	if s.termCancel != nil && (!o.Holding || o.Record.Term != s.term) {
+		s.termCancel()
+		s.termCancel, s.termCtx = nil, nil
+		s.baseline, s.hasBase, s.safeUntil = "", false, 0
+	}
+	if o.Holding && s.termCancel == nil {
+		s.termCtx, s.termCancel = context.WithCancel(base)
+		s.term = o.Record.Term
+		s.db.forgive()
+	}
+	if o.Known && o.Record.Catalog != s.catalog {
+		s.catalog, s.catalogAt = o.Record.Catalog, s.clock.Now()
+	}
+}
+
+// observe collects what decide looks at. s.mu is held. It does no I/O.
+func (s *Supervisor) observe() Observation {
+	now := s.clock.Now()
+	v := s.lease.View()
+	db := s.db.state()
+	o := Observation{
+		Self: s.set.Instance, Known: v.Loaded, Record: v.Record,
+		Holding: v.Holding, Expired: v.Expired, Resuming: s.resuming,
+		Volume:    s.volume.State(),
+		Container: db.exists, Running: db.running, OwnTerm: db.exists && db.term == v.Record.Term,
+		TooManyDie: db.tooMany,
+		Stopping:   s.stopping, Restarting: s.restarting,
+		NoFailover: s.set.Failover.NoFailover,
+		Job:        s.job, Waiting: map[Action]bool{},
+	}
+	headID := ""
+	if v.Record.Head != nil {
+		headID = v.Record.Head.ID
+	}
+	o.Baseline = s.hasBase && s.baseline == headID
+	if s.interrupt != ActNone {
+		o.Job = s.interrupt
+	}
+	for a, until := range s.waiting {
+		o.Waiting[a] = now < until
+	}
+	if v.Loaded && !v.Holding {
+		at := v.ChallengeAt
+		ttl := time.Duration(v.Record.TTL)
+		if s.yielded != 0 && v.Record.Released && v.Record.Holder.Incarnation == s.lease.Incarnation() {
+			// Whoever gave the term up lets the others try first.
+			at = max(at, s.yielded.Add(ttl+ttl/2))
+		}
+		o.MayTake = now >= at
+		o.MayTakeIn = now >= max(at, v.SeenSince).Add(ttl/2) || v.Record.Term == 0 ||
+			v.Record.Holder.Instance == s.set.Instance && v.Record.Released
+	}
+	o.SyncDue = s.syncWanted || len(s.syncNext) > 0 || now >= s.nextSync
+	o.RetainDue = now >= s.retainAt
+	return o
+}
+
+// transition tells the log, the history and the service manager.
+func (s *Supervisor) transition(from State, d Decision, term uint64) {
+	s.log.Info("state changed", "from", string(from), "to", string(d.State), "term", term, "why", d.Why)
+	s.event("state", string(from)+" -> "+string(d.State), d.Why)
+	s.cfg.Notify(fmt.Sprintf("STATUS=%s, term %d: %s", d.State, term, d.Why))
+	if d.State == StateStandby || d.State == StatePrimary {
+		s.cfg.Notify("READY=1")
+	}
+}
+
+func (s *Supervisor) event(kind, move, text string) {
+	ev := api.Event{At: s.clock.Wall(), Instance: s.set.Instance, Term: s.lease.View().Record.Term, Kind: kind, Text: text}
+	if from, to, ok := cutArrow(move); ok {
+		ev.From, ev.To = from, to
+	}
+	if err := s.events.add(ev); err != nil {
+		s.log.Warn("history not written", "error", err)
+	}
+}
+
+// fail remembers the last error for status; the log has had it once.
+func (s *Supervisor) fail(what string, err error) {
+	s.log.Error(what, "error", err)
+	p := &api.Problem{What: what + ": " + err.Error(), Hint: api.HintOf(err), At: s.clock.Wall()}
+	s.mu.Lock()
+	s.problem = p
+	s.mu.Unlock()
+}
+
+func (s *Supervisor) nonce() string {
+	var b [8]byte
+	if _, err := io.ReadFull(s.cfg.Rand, b[:]); err != nil {
+		// Randomness that fails is a broken machine; names would collide.
+		panic(fmt.Sprintf("read randomness: %v", err))
+	}
+	return hex.EncodeToString(b[:])
+}
+
+// armSchedule computes the next regular snapshot. Wall time only says how long to wait.
+// s.mu is held, or nothing runs yet.
+func (s *Supervisor) armSchedule() {
+	wall := s.clock.Wall()
+	s.nextSync = s.clock.Now().Add(s.schedule.Next(wall).Sub(wall))
+}
+
+// reload takes over what can change while the agent runs.
+func (s *Supervisor) reload(set *config.Config) {
+	if set == nil {
+		return
+	}
+	sched, err := parseSchedule(set.Sync.Schedule)
+	if err != nil {
+		s.fail("configuration not reloaded", err)
+		return
+	}
+	s.mu.Lock()
+	s.schedule = sched
+	// A copy: others may hold the old one.
+	merged := *s.set
+	merged.Sync, merged.Retention, merged.Failover = set.Sync, set.Retention, set.Failover
+	s.set = &merged
+	s.armSchedule()
+	s.mu.Unlock()
+	s.log.Info("configuration reloaded", "schedule", set.Sync.Schedule)
+	s.event("reloaded", "", "sync, retention and failover settings taken from the configuration file; others need an agent restart")
+}
