@@ -33,7 +33,9 @@ func TestFileRegisterContract(t *testing.T) {
 				c := cfg
 				f := newFaultFS(quickFS{})
 				c.FS = f
-				return mustOpen(t, c), f
+				r := mustOpen(t, c)
+				t.Cleanup(func() { f.Heal(); r.Drain() })
+				return r, f
 			},
 		}
 	})
@@ -645,6 +647,7 @@ func TestHangingShareIsBounded(t *testing.T) {
 	}
 	f.Heal()
 	mustSwap(t, r, prev, prev)
+	r.Drain()
 }
 
 // A caller that left before the name was offered knows that nothing was, and nothing is.

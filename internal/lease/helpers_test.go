@@ -261,7 +261,11 @@ func newNode(t testing.TB, share lease.FileConfig, name string, edits ...func(*l
 		e(&n.cfg)
 	}
 	n.restart(t)
-	t.Cleanup(func() { must(t, n.Close()) })
+	t.Cleanup(func() {
+		n.share.Heal()
+		must(t, n.Close())
+		n.cfg.Register.(*lease.FileRegister).Drain()
+	})
 	return n
 }
 

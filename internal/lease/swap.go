@@ -99,6 +99,9 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 		case !errors.Is(err, ErrConflict):
 			return lost(err)
 		}
+		if cerr := ctx.Err(); cerr != nil && unknown != nil {
+			return lost(cerr)
+		}
 		if lerr := l.load(ctx); lerr != nil {
 			if unknown != nil {
 				return lost(lerr)
