@@ -126,6 +126,7 @@ func RunGuard(ctx context.Context, cfg GuardConfig) error {
 		return fmt.Errorf("run guard: %w", err)
 	}
 	defer dog.close()
+	g.fire(ctx, cfg.Clock.Now())
 	loopDone := make(chan struct{})
 	go func() { defer close(loopDone); g.loop(ctx, dog) }()
 
