@@ -139,6 +139,9 @@ func Resolve(cfg *config.Config) (warnings []string, err error) {
 	case len(d.Ports) == 0:
 		return nil, cfg.ErrorAt("database.ports", "must name at least one port", "the first port is the one that clients write to: ports: [{container: 5432}]")
 	}
+	if d.Network == "host" && len(d.Probe) == 0 {
+		return nil, cfg.ErrorAt("database.probe", "is required with network: host", "the main port is closed until the probe is answered, so connecting to it can't be the probe; name a command that asks the database")
+	}
 	// The profile's defaults can collide with what the file says (http.listen, mounts).
 	if err := cfg.Validate(); err != nil {
 		return nil, err

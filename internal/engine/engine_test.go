@@ -124,6 +124,7 @@ func TestResolve(t *testing.T) {
 		{name: "generic ports", db: "{engine: generic, image: x, data_path: /d}", err: "database.ports: must name"},
 		{name: "generic complete", db: "{engine: generic, image: x, data_path: /d, ports: [{container: 1}]}"},
 		{name: "ports emptied", db: "{engine: postgres, ports: []}", err: "database.ports: must name"},
+		{name: "host network without a command", db: "{engine: generic, image: x, data_path: /d, ports: [{container: 1}], network: host}", err: "database.probe: is required with network: host"},
 		{name: "no password", db: "{engine: postgres}", warning: "POSTGRES_PASSWORD"},
 		{name: "password", db: "{engine: postgres, env: {POSTGRES_PASSWORD: x}}"},
 		{name: "password in file", db: "{engine: postgres, env_file: " + secrets + "}"},

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
+
+	"dbsupervisor/internal/api"
+	"dbsupervisor/internal/boottime"
+	"dbsupervisor/internal/config"
+	"dbsupervisor/internal/fsx"
+	"dbsupervisor/internal/lease"
+	volsync "dbsupervisor/internal/sync"
+)
+
+func (a *app) importCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "import DIR",
+		Short: "Make an existing data directory the first snapshot of a new cluster",
+		Long:  "Make an existing data directory (of a database that is stopped, or a copy of one) the\nfirst snapshot of a cluster that was just made with init. The directory is only read.\nStart the agents afterwards.",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			dir, err := filepath.Abs(args[0])
+			if err != nil {
+				return fmt.Errorf("find directory: %w", err)
+			}
+			cfg, _, err := a.load()
+			if err != nil {
+				return err
+			}
+			m := newMeter(a.err)
+			ref, stats, err := importDir(cmd.Context(), cfg, dir, m, a.logger(config.Log{Level: "warn"}))
+			m.done()
+			if err != nil {
+				return err
+			}
+			for _, s := range stats.Skipped {
+				fmt.Fprintln(a.err, "left out (no snapshot keeps it):", s)
+			}
+			_, err = fmt.Fprintf(a.out, "%s is snapshot %s: %d files, %s\nstart the agents now\n", dir, ref.ID, stats.Files, bytes(stats.Bytes))
+			return err
+		},
+	}
+}
+
+// importDir takes the first term like any agent, so that a cluster that somebody else is
+// starting at this moment can't get two beginnings.
+func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, log hclog.Logger) (ref volsync.SnapshotRef, stats volsync.ImportStats, err error) {
+	if pid := filepath.Join(dir, "postmaster.pid"); cfg.Database.Engine == "postgres" && exists(pid) {
+		return ref, stats, api.WithHint(fmt.Errorf("import %s: %s is there: a PostgreSQL may be running on it", dir, pid), "stop it; if it is not running, remove that file")
+	}
+	s, err := openShare(ctx, cfg)
+	if err != nil {
+		return ref, stats, err
+	}
+	if s.record.Head != nil || s.record.Term != 0 {
+		return ref, stats, api.WithHint(fmt.Errorf("import %s: cluster %s has data already", dir, cfg.Cluster), "import into a cluster that was just made with init, before any agent has run")
+	}
+	boot, err := boottime.BootID()
+	if err != nil {
+		return ref, stats, err
+	}
+	for _, d := range []string{cfg.Dir, cfg.RunDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return ref, stats, fmt.Errorf("create directory: %w", err)
+		}
+	}
+	v, err := openVolume(cfg, boot, log)
+	if err != nil {
+		return ref, stats, err
+	}
+	defer func() { err = errors.Join(err, v.Close()) }()
+	stats, err = v.Import(ctx, dir, m)
+	if err != nil {
+		return ref, stats, fmt.Errorf("import %s: %w", dir, err)
+	}
+
+	lc := leaseConfig(cfg, s.register, boot, log)
+	lc.Self.VolumeID = v.State().ID
+	l, err := lease.New(lc)
+	if err != nil {
+		return ref, stats, fmt.Errorf("set up lease: %w", err)
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	if err := l.Refresh(ctx); err != nil {
+		return ref, stats, fmt.Errorf("read register: %w", err)
+	}
+	if err := l.Acquire(ctx, func(*lease.Record) {}); err != nil {
+		return ref, stats, fmt.Errorf("take the first term: %w", err)
+	}
+	// Renews while the snapshot is shipped.
+	renewing, stop := context.WithCancel(ctx)
+	renewed := make(chan struct{})
+	go func() { defer close(renewed); _ = l.Run(renewing) }() // its end is ours
+	ref, err = firstSnapshot(ctx, cfg, s.store, v, l, m)
+	stop()
+	<-renewed
+	if err != nil {
+		return ref, stats, err
+	}
+	if err := l.Release(ctx, ""); err != nil {
+		return ref, stats, fmt.Errorf("release the first term (the snapshot is committed): %w", err)
+	}
+	return ref, stats, nil
+}
+
+// firstSnapshot captures a volume that no database uses, ships it and commits it.
+func firstSnapshot(ctx context.Context, cfg *config.Config, store *volsync.Store, v *volsync.Volume, l *lease.Lease, m *meter) (volsync.SnapshotRef, error) {
+	var none volsync.SnapshotRef
+	basis := l.View().Record
+	c, err := v.Capture(ctx, volsync.CaptureRequest{NoFreeze: true, Progress: m})
+	if err != nil {
+		return none, fmt.Errorf("capture volume: %w", err)
+	}
+	tree, _, err := store.Write(ctx, volsync.WriteRequest{
+		Delta: c.Delta, Blocks: c.Blocks, Term: basis.Term, Seq: 1, Frozen: c.Frozen, Writer: cfg.Instance, Progress: m,
+	})
+	if err != nil {
+		v.Abandon(c)
+		return none, fmt.Errorf("ship snapshot: %w", err)
+	}
+	if err := v.SyncFS(ctx); err != nil {
+		v.Abandon(c)
+		return none, fmt.Errorf("sync volume: %w", err)
+	}
+	if _, err := l.Commit(ctx, basis, func(r *lease.Record) { r.Head = refHead(tree.Ref) }); err != nil {
+		v.Abandon(c)
+		return none, fmt.Errorf("commit snapshot: %w", err)
+	}
+	if err := v.Adopt(c, tree); err != nil {
+		return none, fmt.Errorf("adopt snapshot: %w", err)
+	}
+	if err := v.MarkClean(ctx, tree.Ref); err != nil {
+		return none, fmt.Errorf("mark volume clean: %w", err)
+	}
+	return tree.Ref, nil
+}
+
+func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
+
+// openVolume opens the instance's own copy; only one process can.
+func openVolume(cfg *config.Config, boot string, log hclog.Logger) (*volsync.Volume, error) {
+	return volsync.OpenVolume(volsync.VolumeConfig{
+		Dir: cfg.Dir, FS: fsx.OS{}, Log: log.Named("volume"), Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), BootID: boot, Rand: rand.Reader,
+	})
+}
+
+// leaseConfig is the lease as agents and commands take it; the volume's ID is still missing.
+func leaseConfig(cfg *config.Config, reg lease.Register, boot string, log hclog.Logger) lease.Config {
+	return lease.Config{
+		Register: reg, Clock: boottime.Real{}, Log: log.Named("lease"), Rand: rand.Reader,
+		Self: lease.Holder{Instance: cfg.Instance, Address: cfg.AdvertisedDatabase(), HTTP: cfg.AdvertisedHTTP(), Zone: cfg.Zone},
+		TTL:  cfg.Lease.TTL, RenewInterval: cfg.Lease.RenewInterval, Margin: cfg.Lease.Margin, OpTimeout: cfg.Lease.OpTimeout,
+		SeenFile: seenFile(cfg), RunFile: runFile(cfg), FS: fsx.OS{}, BootID: boot,
+	}
+}
+
+// wallNow is the time of day for records, which are in UTC.
+func wallNow() time.Time { return time.Now().UTC() }

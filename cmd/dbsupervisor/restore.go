@@ -1,0 +1,73 @@
+package main
+
+import (
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"dbsupervisor/internal/api"
+	volsync "dbsupervisor/internal/sync"
+)
+
+// flags adds --at and --snapshot.
+func (c *choice) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&c.at, "at", "", `the newest snapshot at or before this time ("2026-01-31 14:05:00", "14:05", or "15m" for that long ago)`)
+	cmd.Flags().StringVar(&c.id, "snapshot", "", "this snapshot, by ID")
+}
+
+func (a *app) restoreCmd() *cobra.Command {
+	var pick choice
+	to := ""
+	cmd := &cobra.Command{
+		Use:   "restore --to DIR",
+		Short: "Write a snapshot into a new directory (the newest unless --at or --snapshot is given)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if to == "" {
+				return &usageError{err: fmt.Errorf("--to is required"), help: cmd.CommandPath()}
+			}
+			dir, err := filepath.Abs(to)
+			if err != nil {
+				return fmt.Errorf("find directory: %w", err)
+			}
+			cfg, _, err := a.load()
+			if err != nil {
+				return err
+			}
+			s, err := openShare(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			list, err := s.snapshots(cmd.Context())
+			if err != nil {
+				return err
+			}
+			one, err := pick.find(list, time.Now())
+			if err != nil {
+				return err
+			}
+			began := time.Now()
+			m := newMeter(a.err)
+			err = volsync.Restore(cmd.Context(), s.store, one.SnapshotRef, dir, volsync.RestoreOptions{
+				Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), Progress: m,
+			})
+			m.done()
+			if err != nil {
+				return fmt.Errorf("restore snapshot %s: %w", one.ID, err)
+			}
+			_, err = fmt.Fprintf(a.out, "restored %s of %s (%s) to %s in %s\n", one.ID, one.Frozen.UTC().Format(stamp), bytes(one.LogicalSize), dir, since(time.Since(began)))
+			return err
+		},
+	}
+	pick.flags(cmd)
+	cmd.Flags().StringVar(&to, "to", "", "directory, new or empty")
+	_ = cmd.MarkFlagDirname("to") // the flag exists
+	return cmd
+}
+
+// wholeHint tells how to get at a snapshot that is whole.
+func wholeHint(err error, id string) error {
+	return api.WithHint(err, "restore it with: dbsupervisor restore --snapshot "+id+" --to DIR, or go back to it with: dbsupervisor rollback --snapshot "+id)
+}
