@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -25,19 +26,48 @@ const Label = "dbsupervisor.test"
 // maxCall bounds one docker command.
 const maxCall = time.Minute
 
-// Binary builds the probe program (see probe/main.go) and returns its path.
-func Binary(t testing.TB) string {
+// source returns the probe program's directory and a hash of its source.
+func source(t testing.TB) (dir, hash string) {
 	t.Helper()
 	_, file, _, ok := runtime.Caller(0)
 	if !ok {
 		t.Fatal("no source path")
 	}
-	out := filepath.Join(t.TempDir(), "probe")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, ".")
-	cmd.Dir = filepath.Join(filepath.Dir(file), "probe")
+	dir = filepath.Join(filepath.Dir(file), "probe")
+	b, err := os.ReadFile(filepath.Join(dir, "main.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(b)
+	return dir, hex.EncodeToString(sum[:6])
+}
+
+// Binary returns the path of the probe program (see probe/main.go), which is built once for
+// each version of its source and kept in the user's cache directory.
+func Binary(t testing.TB) string {
+	t.Helper()
+	dir, hash := source(t)
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	cache = filepath.Join(cache, "dbsupervisor-test")
+	out := filepath.Join(cache, "probe-"+hash)
+	if _, err := os.Stat(out); err == nil {
+		return out
+	}
+	if err := os.MkdirAll(cache, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	tmp := out + "." + strconv.Itoa(os.Getpid()) // other packages' tests may build it, too
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", tmp, ".")
+	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if b, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build probe: %v\n%s", err, b)
+	}
+	if err := os.Rename(tmp, out); err != nil {
+		t.Fatal(err)
 	}
 	return out
 }
@@ -52,16 +82,8 @@ func Image(t testing.TB) string {
 	if _, err := docker(t, nil, "version"); err != nil {
 		t.Skipf("needs a Docker engine: %v", err)
 	}
-	_, file, _, ok := runtime.Caller(0)
-	if !ok {
-		t.Fatal("no source path")
-	}
-	src, err := os.ReadFile(filepath.Join(filepath.Dir(file), "probe", "main.go"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := sha256.Sum256(src)
-	ref := "dbsupervisor-test:" + hex.EncodeToString(sum[:6])
+	_, hash := source(t)
+	ref := "dbsupervisor-test:" + hash
 	if _, err := docker(t, nil, "image", "inspect", ref); err == nil {
 		return ref
 	}
