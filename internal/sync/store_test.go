@@ -2,6 +2,7 @@ package sync
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"io/fs"
 	"math/rand"
@@ -73,10 +74,8 @@ func TestStoreFormatSizes(t *testing.T) {
 	n := uint64(packMaxBlocks + 1000)
 	src := storeFunc{n: n, f: func(first uint64, buf []byte) error {
 		for i := range len(buf) / BlockSize {
-			block := first + uint64(i)
-			for k := range BlockSize / 8 {
-				buf[i*BlockSize+k*8] = byte(block >> (k % 4 * 8))
-			}
+			binary.LittleEndian.PutUint64(buf[i*BlockSize:], first+uint64(i))
+			clear(buf[i*BlockSize+8 : (i+1)*BlockSize])
 		}
 		return nil
 	}}
