@@ -71,6 +71,7 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, sup.Close()) }()
 	return serveAgent(ctx, live, stop, cfg, sup, log)
 }
 

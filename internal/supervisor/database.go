@@ -388,6 +388,10 @@ func (d *database) start(ctx context.Context, r startRequest) error {
 	if err := d.removeDead(ctx); err != nil {
 		return err
 	}
+	// The guard may still watch over the one that died.
+	if err := d.cfg.Guard.Disarm(ctx); err != nil {
+		return api.WithHint(fmt.Errorf("no database without its guard: %w", err), "start the guard: systemctl start dbsupervisor-guard@"+d.set.Cluster)
+	}
 	if err := d.cfg.Gate.Install(ctx); err != nil {
 		return fmt.Errorf("install gate: %w", err)
 	}

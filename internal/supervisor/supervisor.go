@@ -119,7 +119,7 @@ func New(cfg Config) (*Supervisor, error) {
 		waiting: map[Action]boottime.Instant{},
 		fails:   map[Action]int{},
 	}
-	sched, err := parseSchedule(cfg.Settings.Sync.Schedule)
+	sched, err := config.ParseSchedule(cfg.Settings.Sync.Schedule)
 	if err != nil {
 		return nil, err
 	}
@@ -132,20 +132,6 @@ func New(cfg Config) (*Supervisor, error) {
 		return nil, fmt.Errorf("set up lease: %w", err)
 	}
 	return s, nil
-}
-
-// parseSchedule reads a cron expression; the library may panic on odd input.
-func parseSchedule(text string) (sched cron.Schedule, err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("parse sync.schedule %q: %v", text, r)
-		}
-	}()
-	sched, err = cron.ParseStandard(text)
-	if err != nil {
-		err = fmt.Errorf("parse sync.schedule %q: %w", text, err)
-	}
-	return sched, err
 }
 
 // Run works until ctx ends, which is an explicit stop: a holder hands off first. It returns
@@ -169,6 +155,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	spawn(func() { s.resume(base) })
 	spawn(func() { s.db.monitor(base, s.poke) })
+	spawn(func() { s.pruneForks(base) })
 	// The share may hang: nothing that waits for it is waited for at the end.
 	go s.members.run(base, memberEvery, s.member, s.nonce, s.memberFailed)
 
@@ -219,6 +206,28 @@ func (s *Supervisor) resume(ctx context.Context) {
 	s.poke()
 	if err := s.lease.Run(ctx); err != nil && ctx.Err() == nil {
 		s.fail("lease stopped working", err)
+	}
+}
+
+// pruneEvery is how often expired forks are looked for.
+const pruneEvery = time.Hour
+
+// pruneForks removes what has been kept as a fork for long enough.
+func (s *Supervisor) pruneForks(ctx context.Context) {
+	for {
+		s.mu.Lock()
+		keep := s.set.Sync.ForkKeep
+		s.mu.Unlock()
+		gone, err := s.volume.PruneForks(keep, s.clock.Wall())
+		if err != nil {
+			s.fail("old forks not removed", err)
+		}
+		for _, f := range gone {
+			s.event("fork removed", "", f+" was older than "+keep.String())
+		}
+		if s.clock.WaitUntil(ctx, s.clock.Now().Add(pruneEvery)) != nil {
+			return
+		}
 	}
 }
 
@@ -372,7 +381,7 @@ func (s *Supervisor) reload(set *config.Config) {
 	if set == nil {
 		return
 	}
-	sched, err := parseSchedule(set.Sync.Schedule)
+	sched, err := config.ParseSchedule(set.Sync.Schedule)
 	if err != nil {
 		s.fail("configuration not reloaded", err)
 		return
@@ -388,3 +397,6 @@ func (s *Supervisor) reload(set *config.Config) {
 	s.log.Info("configuration reloaded", "schedule", set.Sync.Schedule)
 	s.event("reloaded", "", "sync, retention and failover settings taken from the configuration file; others need an agent restart")
 }
+
+// Close gives up what New has taken (the instance's lock). It tells the register nothing.
+func (s *Supervisor) Close() error { return s.lease.Close() }

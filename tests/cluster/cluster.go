@@ -544,3 +544,19 @@ func (i *Instance) Exec(ctx context.Context, args ...string) (string, error) {
 	}
 	return string(out), nil
 }
+
+// Ended says whether the agent has ended by itself.
+func (i *Instance) Ended() bool {
+	i.mu.Lock()
+	p := i.agent
+	i.mu.Unlock()
+	if p == nil {
+		return true
+	}
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
