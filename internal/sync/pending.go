@@ -145,7 +145,16 @@ func (p *pending) consider(n *node, rd round) *readJob {
 	w.resize(blocksOf(n.key.Size))
 	// Until it has been read as a whole it must not be taken for known.
 	w.key, w.settled = statKey{}, false
-	return &readJob{n: n, w: w, base: base, ranges: ranges, settled: rd.settled(n.key)}
+	return &readJob{n: n, w: w, base: base, cut: p.cut(n), ranges: ranges, settled: rd.settled(n.key)}
+}
+
+// cut is one more than the number of the block that a file ends in, if it ended later in
+// the baseline; 0 otherwise. The store wants such a block anew even if it is equal.
+func (p *pending) cut(n *node) uint64 {
+	if in := p.base.Inodes[n.id]; in != nil && n.key.Size < in.Size && n.key.Size%BlockSize != 0 {
+		return blocksOf(n.key.Size)
+	}
+	return 0
 }
 
 func (w *work) resize(n uint64) {
@@ -213,12 +222,13 @@ func (p *pending) changed(n *node, w *work, src *spoolSource) ([]SpoolExtent, er
 	if f := p.idx.files[n.id]; f != nil && p.base.Inodes[n.id] != nil {
 		base = f.codes
 	}
+	cut := p.cut(n)
 	var out []SpoolExtent
 	for i, c := range w.codes {
-		if i < len(base) && base[i] == c {
+		b := uint64(i)
+		if i < len(base) && base[i] == c && b+1 != cut {
 			continue
 		}
-		b := uint64(i)
 		e := SpoolExtent{Kind: c.kind(), Start: b, Count: 1}
 		if e.Kind == ExtentData {
 			if c == codeUnknown || w.slots[i] == 0 {
@@ -240,6 +250,7 @@ type readJob struct {
 	n       *node
 	w       *work
 	base    []code
+	cut     uint64
 	ranges  []blockRange
 	settled bool
 	left    atomic.Int64 // pieces that are not done
@@ -336,7 +347,7 @@ func (r *reader) keep(j *readJob, first uint64, codes []code, data []byte) error
 	wanted := func(i int) bool {
 		b := first + uint64(i)
 		c := codes[i]
-		if c.kind() != ExtentData || b < uint64(len(j.base)) && j.base[b] == c {
+		if c.kind() != ExtentData || b < uint64(len(j.base)) && j.base[b] == c && b+1 != j.cut {
 			return false
 		}
 		return w.slots[b] == 0 || w.codes[b] != c
@@ -344,7 +355,9 @@ func (r *reader) keep(j *readJob, first uint64, codes []code, data []byte) error
 	for i := 0; i < len(codes); {
 		b := first + uint64(i)
 		if !wanted(i) {
-			w.codes[b] = codes[i]
+			if w.codes[b] != codes[i] {
+				w.codes[b], w.slots[b] = codes[i], 0 // the slot has something else
+			}
 			i++
 			continue
 		}
