@@ -16,7 +16,7 @@ var _ api.Agent = (*Supervisor)(nil)
 
 const (
 	// memberEvery is how often an instance announces itself.
-	memberEvery = 5 * time.Second
+	memberEvery = 3 * time.Second
 	// pollMove is how often a waiting command looks whether a move has happened.
 	pollMove = 100 * time.Millisecond
 	// movePatience is how long a command waits for a move, beside the engine's stop time-out.
@@ -248,6 +248,9 @@ func (s *Supervisor) Switchover(ctx context.Context, req api.SwitchoverRequest, 
 		return api.MoveResult{}, fmt.Errorf("%s is the primary already", req.To)
 	}
 	if req.To != "" && req.To != s.set.Instance {
+		if err := s.members.refresh(s.set.Instance); err != nil {
+			return api.MoveResult{}, err
+		}
 		if _, ok := s.members.successor(req.To, s.memberWindow()); !ok {
 			return api.MoveResult{}, api.WithHint(fmt.Errorf("%w: %s is not an eligible standby", api.ErrNoSuccessor, req.To), s.knownMembers())
 		}

@@ -40,8 +40,9 @@ type members struct {
 	dir   string
 	clock boottime.Clock
 
-	mu   sync.Mutex
-	seen map[string]seenBeat
+	mu     sync.Mutex
+	seen   map[string]seenBeat
+	looked bool // the directory has been read before: a name that is new is a live one
 }
 
 type seenBeat struct {
@@ -66,30 +67,9 @@ func (ms *members) beat(m Member, nonce string) error {
 	if err := ms.fs.MkdirAll(ms.dir); err != nil {
 		return fmt.Errorf("make members directory: %w", err)
 	}
-	list, err := ms.fs.ReadDir(ms.dir)
+	newest, own, last, err := ms.list(m.Instance)
 	if err != nil {
-		return fmt.Errorf("list members: %w", err)
-	}
-	var own []string
-	var last uint64
-	newest := map[string]string{}
-	for _, de := range list {
-		inst, rest, ok := strings.Cut(de.Name(), memberSeparator)
-		if !ok {
-			continue
-		}
-		n, _, _ := strings.Cut(rest, memberSeparator)
-		num, err := strconv.ParseUint(n, 16, 64)
-		if err != nil {
-			continue
-		}
-		if inst == m.Instance {
-			own = append(own, de.Name())
-			last = max(last, num)
-		}
-		if old, ok := newest[inst]; !ok || de.Name() > old {
-			newest[inst] = de.Name()
-		}
+		return err
 	}
 	data, err := json.Marshal(m)
 	if err != nil {
@@ -105,9 +85,47 @@ func (ms *members) beat(m Member, nonce string) error {
 			return fmt.Errorf("remove old member file: %w", err)
 		}
 	}
-	delete(newest, m.Instance)
 	ms.look(newest)
 	return nil
+}
+
+// refresh looks at the others without announcing anything. It may hang with the share.
+func (ms *members) refresh(self string) error {
+	newest, _, _, err := ms.list(self)
+	if err == nil {
+		ms.look(newest)
+	}
+	return err
+}
+
+// list reads the directory: the newest beat of every other instance, all of one's own and
+// the highest number among those.
+func (ms *members) list(self string) (newest map[string]string, own []string, last uint64, err error) {
+	list, err := ms.fs.ReadDir(ms.dir)
+	if err != nil {
+		return nil, nil, 0, fmt.Errorf("list members: %w", err)
+	}
+	newest = map[string]string{}
+	for _, de := range list {
+		inst, rest, ok := strings.Cut(de.Name(), memberSeparator)
+		if !ok {
+			continue
+		}
+		n, _, _ := strings.Cut(rest, memberSeparator)
+		num, err := strconv.ParseUint(n, 16, 64)
+		if err != nil {
+			continue
+		}
+		if inst == self {
+			own = append(own, de.Name())
+			last = max(last, num)
+			continue
+		}
+		if old, ok := newest[inst]; !ok || de.Name() > old {
+			newest[inst] = de.Name()
+		}
+	}
+	return newest, own, last, nil
 }
 
 func (ms *members) write(path string, data []byte) error {
@@ -143,9 +161,12 @@ func (ms *members) look(newest map[string]string) {
 			continue // still being written
 		}
 		ms.mu.Lock()
-		ms.seen[inst] = seenBeat{name: name, since: now, changed: known, member: m}
+		ms.seen[inst] = seenBeat{name: name, since: now, changed: known || ms.looked, member: m}
 		ms.mu.Unlock()
 	}
+	ms.mu.Lock()
+	ms.looked = true
+	ms.mu.Unlock()
 }
 
 // alive lists the other instances whose beat has changed within the given time, by name.

@@ -270,8 +270,15 @@ func (s *Supervisor) chooseSuccessor(ctx context.Context, v lease.View, stopping
 	if ordered {
 		want = o.To
 	}
-	if m, ok := s.members.successor(want, s.memberWindow()); ok {
-		return m.Instance, nil
+	for _, fresh := range []bool{false, true} {
+		if fresh {
+			if err := s.members.refresh(s.set.Instance); err != nil {
+				s.log.Warn("other instances not looked up", "error", err)
+			}
+		}
+		if m, ok := s.members.successor(want, s.memberWindow()); ok {
+			return m.Instance, nil
+		}
 	}
 	if stopping || !ordered {
 		return "", nil
