@@ -10,7 +10,7 @@ GOLANGCI     := v2.15.0
 LDFLAGS      := -X main.version=$(VERSION)
 
 # Unit packages: no Docker with -short. ./tests/... are several processes and an engine.
-UNIT         := ./cmd/... ./internal/...
+UNIT         := ./cmd/... ./internal/... ./packaging/...
 TESTTIMEOUT  ?= 20m
 ARGS         ?=
 
@@ -66,14 +66,14 @@ integration: image build
 		echo "go test -p 1 ./tests/..."; \
 		go test -count=1 -p 1 -timeout $(TESTTIMEOUT) $(ARGS) ./tests/...; fi
 
-# Without Docker, without root.
+# Without Docker (also where one runs), without root.
 test-short:
 	@scripts/ensure-tools.sh race
 	go vet ./...
-	go test -race -short -timeout 5m $(ARGS) $(UNIT)
+	DOCKER_HOST=unix:///nonexistent go test -race -short -timeout 5m $(ARGS) $(UNIT)
 
 demo: image build
-	@KEEP=$(KEEP) scripts/demo.sh
+	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh
 
 soak: image build
 	@scripts/soak.sh
