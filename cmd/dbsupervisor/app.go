@@ -152,13 +152,13 @@ func (a *app) findConfig() (string, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return "", configError("there is no configuration in "+configDir, "name one with --config, or write one: dbsupervisor config example > "+configDir+"/shop.yaml")
+		return "", configError("holds no configuration (*.yaml)", "name one with --config, or write one: dbsupervisor config example > "+configDir+"/shop.yaml")
 	}
-	return "", configError("there are several configurations in "+configDir, "choose one with --config: "+strings.Join(found, ", "))
+	return "", configError("holds several configurations", "choose one with --config: "+strings.Join(found, ", "))
 }
 
 func configError(msg, hint string) error {
-	return api.WithHint(fmt.Errorf("find configuration: %s: %w", msg, config.ErrInvalid), hint)
+	return &config.Error{File: configDir, Msg: msg, Advice: hint}
 }
 
 // onTerminal says whether a person sits at the stream.

@@ -76,7 +76,9 @@ func (v *view) loss() {
 	case s.Role == api.RolePrimary || s.Role == api.RoleStarting || s.Role == api.RoleHandoff:
 		v.WriteString("  WOULD BE LOST NOW with this machine: NOT KNOWN, count on everything since the last commit\n\n")
 	case s.Head != nil:
-		fmt.Fprintf(v, "  WOULD BE LOST NOW with the primary: what it wrote in the last %s, at most\n\n", strings.ToUpper(longSince(s.Head.AgeSeconds)))
+		fmt.Fprintf(v, "  WOULD BE LOST NOW with the primary: what it wrote in the last %s (by this machine's clock)\n\n", strings.ToUpper(longSince(s.Head.AgeSeconds)))
+	case s.Lease.LastContactMS == nil:
+		v.WriteString("  WOULD BE LOST NOW: NOT KNOWN, the register can't be reached\n\n")
 	default:
 		v.WriteString("  NOTHING IS SAFE YET: no snapshot has been committed\n\n")
 	}
@@ -196,6 +198,8 @@ func (v *view) machine() {
 	switch {
 	case d.Running && d.Healthy:
 		parts = append(parts, "runs and answers")
+	case d.Running && s.Source != "agent":
+		parts = append(parts, "runs; only an agent could ask it")
 	case d.Running:
 		parts = append(parts, "runs, DOES NOT ANSWER")
 	case d.Container != "":

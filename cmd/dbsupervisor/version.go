@@ -40,7 +40,7 @@ func programVersion() string {
 	switch {
 	case revision != "":
 		return "dev-" + revision + dirty
-	case info.Main.Version != "":
+	case info.Main.Version != "" && info.Main.Version != "(devel)":
 		return info.Main.Version
 	}
 	return "dev"

@@ -139,7 +139,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) (*htt
 	case errors.Is(err, fs.ErrPermission):
 		return nil, WithHint(fmt.Errorf("talk to agent: %w", fs.ErrPermission), "run as root")
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return nil, WithHint(fmt.Errorf("talk to agent: %w", ErrNoAgent), "start it with: systemctl start dbsupervisor")
+		return nil, WithHint(fmt.Errorf("talk to agent: %w", ErrNoAgent), "start it with: systemctl start dbsupervisor@CLUSTER")
 	case err != nil:
 		return nil, fmt.Errorf("talk to agent: %w", err)
 	case resp.StatusCode == http.StatusOK:
