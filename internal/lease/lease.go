@@ -173,7 +173,7 @@ func (l *Lease) Close() error {
 	if closed {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), l.cfg.OpTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), l.cfg.TTL)
 	defer cancel()
 	err := l.memory.flush(ctx)
 	if l.lock != nil {

@@ -973,14 +973,15 @@ func TestClonedIncarnationIsNoticed(t *testing.T) {
 
 // The original's own writes are not mistaken for a clone's, whatever their outcome was.
 func TestOwnUnknownWritesAreNotAClones(t *testing.T) {
-	a := newNode(t, newShare(t, quickFS{}), "a")
+	share := newShare(t, quickFS{})
+	a := newNode(t, share, "a")
 	a.hold(t)
 	a.share.Hang()
 	_, err := a.Commit(shortly(t), a.View().Record, func(r *lease.Record) { r.Head = headOf(1, 1) })
 	want(t, err, lease.ErrUnknown)
 	a.share.Heal()
-	eventually(t, "the commit takes effect", func() bool { return a.step(t).Record.Head != nil })
-	if v := a.View(); !v.Holding || v.Err != nil {
+	eventually(t, "the commit takes effect", func() bool { return mustLoad(t, mustOpen(t, share)).Head != nil })
+	if v := a.step(t); !v.Holding || v.Err != nil || v.Record.Head == nil || v.Record.Version != 4 {
 		t.Errorf("view: %+v", v)
 	}
 }
