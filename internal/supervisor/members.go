@@ -42,7 +42,8 @@ type members struct {
 
 	mu     sync.Mutex
 	seen   map[string]seenBeat
-	looked bool // the directory has been read before: a name that is new is a live one
+	kick   context.CancelFunc // ends the wait for the next beat
+	looked bool               // the directory has been read before: a name that is new is a live one
 }
 
 type seenBeat struct {
@@ -200,12 +201,25 @@ func (ms *members) successor(want string, within time.Duration) (Member, bool) {
 	return best, found
 }
 
-// run beats until ctx ends. A share that hangs only makes the beats stop.
+// run beats until ctx ends, and whenever changed is called. A share that hangs only makes
+// the beats stop.
 func (ms *members) run(ctx context.Context, every time.Duration, self func() Member, nonce func() string, failed func(error)) {
-	for {
+	for ctx.Err() == nil {
+		wait, cancel := context.WithCancel(ctx)
+		ms.mu.Lock()
+		ms.kick = cancel
+		ms.mu.Unlock()
 		failed(ms.beat(self(), nonce()))
-		if ms.clock.WaitUntil(ctx, ms.clock.Now().Add(every)) != nil {
-			return
-		}
+		_ = ms.clock.WaitUntil(wait, ms.clock.Now().Add(every)) // either way it is time for the next beat
+		cancel()
+	}
+}
+
+// changed makes the next beat come at once: there is news.
+func (ms *members) changed() {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if ms.kick != nil {
+		ms.kick()
 	}
 }

@@ -384,6 +384,11 @@ func (s *Supervisor) findSnapshot(ctx context.Context, r lease.Record, id string
 // retainEvery is how often retention looks whether there is something to do.
 const retainEvery = time.Minute
 
+// retainPause is the time between two looks. s.mu is held.
+func (s *Supervisor) retainPause() time.Duration {
+	return min(retainEvery, max(s.set.Retention.Grace/2, time.Second))
+}
+
 // retain does the next step of deletion: unlink what has been condemned long enough, then
 // condemn again.
 func (s *Supervisor) retain(ctx context.Context) error {
@@ -394,7 +399,7 @@ func (s *Supervisor) retain(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	seen, swept, set := s.catalogAt, s.swept, s.set.Retention
-	s.retainAt = s.clock.Now().Add(min(retainEvery, max(set.Grace/2, time.Second)))
+	s.retainAt = s.clock.Now().Add(s.retainPause())
 	s.mu.Unlock()
 	cat := catalogOf(r)
 	if cat.Name != "" && swept != cat.Name {

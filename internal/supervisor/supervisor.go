@@ -282,6 +282,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 	if o.Holding && s.termCancel == nil {
 		s.termCtx, s.termCancel = context.WithCancel(base)
 		s.term = o.Record.Term
+		s.retainAt = s.clock.Now().Add(s.retainPause())
 		s.db.forgive()
 	}
 	if o.Known && o.Record.Catalog != s.catalog {
@@ -333,6 +334,7 @@ func (s *Supervisor) observe() Observation {
 
 // transition tells the log, the history and the service manager.
 func (s *Supervisor) transition(from State, d Decision, term uint64) {
+	s.members.changed()
 	s.log.Info("state changed", "from", string(from), "to", string(d.State), "term", term, "why", d.Why)
 	s.event("state", string(from)+" -> "+string(d.State), d.Why)
 	s.cfg.Notify(fmt.Sprintf("STATUS=%s, term %d: %s", d.State, term, d.Why))

@@ -4,6 +4,7 @@ package faults
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"dbsupervisor/internal/fsx"
 	"dbsupervisor/internal/lease"
 	"dbsupervisor/internal/lease/history"
 	"dbsupervisor/tests/cluster"
@@ -71,7 +73,7 @@ func start(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Cluste
 			t.Errorf("clean up: %v", err)
 		}
 		rec()
-		if t.Failed() {
+		if t.Failed() || testing.Verbose() {
 			dumpLogs(t, c)
 		}
 	})
@@ -127,7 +129,7 @@ func record(t *testing.T, c *cluster.Cluster) (finish func()) {
 	stop, done := make(chan struct{}), make(chan struct{})
 	seen := map[uint64]lease.Record{}
 	look := func() {
-		reg, err := lease.OpenFile(context.Background(), lease.FileConfig{Share: c.Share})
+		reg, err := lease.OpenFile(context.Background(), lease.FileConfig{FS: fsx.OS{}, Share: c.Share, Rand: rand.Reader})
 		if err != nil {
 			return // not initialised yet
 		}
