@@ -10,7 +10,7 @@ GOLANGCI     := v2.15.0
 LDFLAGS      := -X main.version=$(VERSION)
 
 # Unit packages: no Docker with -short. ./tests/... are several processes and an engine.
-UNIT         := ./cmd/... ./internal/... ./packaging/...
+UNIT         := ./cmd/... ./internal/... ./packaging/... ./userdata/...
 TESTTIMEOUT  ?= 20m
 ARGS         ?=
 
@@ -19,9 +19,11 @@ DESTDIR      ?=
 SYSCONFDIR   ?= /etc
 UNITDIR      ?= $(SYSCONFDIR)/systemd/system
 TMPFILESDIR  ?= $(SYSCONFDIR)/tmpfiles.d
+EXAMPLE      := internal/config/example.yaml
+DIST         := dbsupervisor-$(VERSION)-linux-$(shell go env GOARCH)
 
 .PHONY: build test test-short unit integration vet lint model demo soak bench \
-	install uninstall clean tools docker image
+	install install-files uninstall dist clean tools docker image
 
 build: build/dbsupervisor
 
@@ -81,17 +83,28 @@ soak: image build
 bench: image build
 	@scripts/bench.sh
 
-install: build
+install: build install-files
 	install -D -m 0755 build/dbsupervisor $(DESTDIR)$(PREFIX)/bin/dbsupervisor
+	if [ -z '$(DESTDIR)' ] && [ -d /run/systemd/system ]; then \
+		systemd-tmpfiles --create dbsupervisor.conf && systemctl daemon-reload; fi
+
+# All but the program.
+install-files:
 	install -d -m 0755 $(DESTDIR)$(UNITDIR) $(DESTDIR)$(TMPFILESDIR) $(DESTDIR)$(SYSCONFDIR)/dbsupervisor
 	for u in packaging/systemd/*.service packaging/systemd/*.slice; do \
 		sed 's|@BINDIR@|$(PREFIX)/bin|g; s|@SYSCONFDIR@|$(SYSCONFDIR)|g' $$u \
 			>$(DESTDIR)$(UNITDIR)/$$(basename $$u); done
 	install -m 0644 packaging/systemd/dbsupervisor.tmpfiles $(DESTDIR)$(TMPFILESDIR)/dbsupervisor.conf
-	for e in examples/*.yaml; do [ ! -e $$e ] || \
-		install -m 0644 $$e $(DESTDIR)$(SYSCONFDIR)/dbsupervisor/$$(basename $$e).example; done
-	if [ -z '$(DESTDIR)' ] && [ -d /run/systemd/system ]; then \
-		systemd-tmpfiles --create dbsupervisor.conf && systemctl daemon-reload; fi
+	install -m 0644 $(EXAMPLE) $(DESTDIR)$(SYSCONFDIR)/dbsupervisor/example.yaml.txt
+
+# What userdata/bootstrap.sh installs from.
+dist: build
+	rm -rf build/dist && mkdir -p build/dist/$(DIST)/systemd
+	install -m 0755 build/dbsupervisor userdata/bootstrap.sh build/dist/$(DIST)/
+	install -m 0644 $(EXAMPLE) build/dist/$(DIST)/
+	install -m 0644 packaging/systemd/* build/dist/$(DIST)/systemd/
+	tar -C build/dist --owner=0 --group=0 --sort=name -czf build/$(DIST).tar.gz $(DIST)
+	cd build && sha256sum $(DIST).tar.gz | tee $(DIST).tar.gz.sha256
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/dbsupervisor $(DESTDIR)$(TMPFILESDIR)/dbsupervisor.conf
