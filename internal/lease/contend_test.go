@@ -1,0 +1,385 @@
+package lease_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	mrand "math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+
+	"dbsupervisor/internal/boottime"
+	"dbsupervisor/internal/fsx"
+	"dbsupervisor/internal/lease"
+	"dbsupervisor/internal/lease/history"
+)
+
+const (
+	contenderEnv = "LEASE_CONTENDER" // JSON of contender, in the processes that TestContenders starts
+	roundsEnv    = "LEASE_ROUNDS"    // how many rounds TestContenders does (default 15)
+	contenders   = 16
+)
+
+func TestMain(m *testing.M) {
+	if s := os.Getenv(contenderEnv); s != "" {
+		if err := contend(s, os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// contender is what a process of TestContenders is told.
+type contender struct {
+	Share, ClusterID, Dir, Name string
+	Faulty                      bool // replies are lost and requests fail
+}
+
+// call is one operation on the register: what porcupine calls an operation.
+type call struct {
+	Swap          bool
+	Prev          uint64 // swap: the version and nonce that were expected
+	PrevNonce     string
+	Version       uint64 // load: what was read; swap: what was written or offered
+	Nonce         string
+	Outcome       string // "ok", "conflict", "unknown"
+	Begin, Return boottime.Instant
+}
+
+// report is what a contender tells after a round.
+type report struct {
+	Calls []call
+	Terms []uint64 // won in this round
+}
+
+// recorder notes every call to the register below it.
+type recorder struct {
+	lease.Register
+	clock boottime.Real
+	mu    sync.Mutex
+	calls []call
+}
+
+func (r *recorder) note(c call, err error) {
+	c.Return = r.clock.Now()
+	switch {
+	case err == nil:
+		c.Outcome = "ok"
+	case errors.Is(err, lease.ErrConflict):
+		c.Outcome = "conflict"
+	case errors.Is(err, lease.ErrUnknown):
+		c.Outcome = "unknown"
+	default:
+		return // certainly without effect
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls = append(r.calls, c)
+}
+
+func (r *recorder) Load(ctx context.Context) (lease.Record, error) {
+	begin := r.clock.Now()
+	rec, err := r.Register.Load(ctx)
+	r.note(call{Version: rec.Version, Nonce: rec.Nonce, Begin: begin}, err)
+	return rec, err
+}
+
+func (r *recorder) CompareAndSwap(ctx context.Context, prev, next lease.Record) (lease.Record, error) {
+	begin := r.clock.Now()
+	rec, err := r.Register.CompareAndSwap(ctx, prev, next)
+	r.note(call{Swap: true, Prev: prev.Version, PrevNonce: prev.Nonce, Version: rec.Version, Nonce: rec.Nonce, Begin: begin}, err)
+	return rec, err
+}
+
+// contend is the process: for every line on in it tries to get the lease a few times, uses it
+// for a moment, and gives it back.
+func contend(config string, in io.Reader, out io.Writer) (err error) {
+	var c contender
+	if err := json.Unmarshal([]byte(config), &c); err != nil {
+		return err
+	}
+	share := newFaultFS(quickFS{})
+	if c.Faulty {
+		share.set(func(op fsx.Op, _ string) error {
+			if op == fsx.OpLink && mrand.IntN(20) == 0 {
+				return syscall.EIO
+			}
+			return nil
+		}, func(op fsx.Op, _ string, err error) error {
+			switch {
+			case op != fsx.OpLink || err != nil:
+			case mrand.IntN(10) == 0:
+				return syscall.EIO
+			case mrand.IntN(10) == 0:
+				return syscall.EEXIST
+			}
+			return err
+		})
+	}
+	ctx := context.Background()
+	reg, err := lease.OpenFile(ctx, lease.FileConfig{FS: share, Share: c.Share, ClusterID: c.ClusterID, Rand: rand.Reader})
+	if err != nil {
+		return err
+	}
+	rec := &recorder{Register: reg}
+	l, err := lease.New(lease.Config{
+		Register: rec, Clock: boottime.Real{}, Rand: rand.Reader, FS: quickFS{},
+		Self: lease.Holder{Instance: c.Name},
+		TTL:  10 * time.Minute, RenewInterval: time.Minute, OpTimeout: time.Minute, Margin: time.Second,
+		SeenFile: filepath.Join(c.Dir, "seen.json"), RunFile: filepath.Join(c.Dir, "run.json"), BootID: "boot",
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	enc := json.NewEncoder(out)
+	if err := enc.Encode(report{}); err != nil { // ready
+		return err
+	}
+	for lines := bufio.NewScanner(in); lines.Scan(); {
+		var rep report
+		for range 3 {
+			term, err := try(ctx, l)
+			if err != nil {
+				return err
+			}
+			if term > 0 {
+				rep.Terms = append(rep.Terms, term)
+			}
+		}
+		rep.Calls, rec.calls = rec.calls, nil
+		if err := enc.Encode(rep); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// try returns the term that it won, or 0.
+func try(ctx context.Context, l *lease.Lease) (uint64, error) {
+	if err := l.Refresh(ctx); err != nil {
+		return 0, err
+	}
+	switch err := l.Acquire(ctx, nil); {
+	case errors.Is(err, lease.ErrConflict), errors.Is(err, lease.ErrNotYet):
+		return 0, nil
+	case err != nil:
+		return 0, err
+	}
+	v := l.View()
+	if !v.Holding {
+		return 0, fmt.Errorf("acquired but not holding: %+v", v)
+	}
+	if _, err := l.Commit(ctx, v.Record, func(r *lease.Record) {
+		seq := uint64(1)
+		if r.Head != nil {
+			seq = r.Head.Seq + 1
+		}
+		r.Head = headOf(r.Term, seq)
+	}); err != nil {
+		return 0, err
+	}
+	if err := l.Release(ctx, ""); err != nil {
+		return 0, err
+	}
+	return v.Record.Term, nil
+}
+
+// registerModel is what a register is: its state is the version and nonce that it holds.
+func registerModel(version uint64, nonce string) porcupine.Model {
+	type state struct {
+		version uint64
+		nonce   string
+	}
+	return porcupine.Model{
+		Init: func() any { return state{version, nonce} },
+		Step: func(st, in, _ any) (bool, any) {
+			s, c := st.(state), in.(call)
+			if !c.Swap {
+				return s == state{c.Version, c.Nonce}, s
+			}
+			expected := s == state{c.Prev, c.PrevNonce}
+			switch c.Outcome {
+			case "ok":
+				return expected && c.Version == c.Prev+1, state{c.Version, c.Nonce}
+			case "conflict":
+				return !expected, s
+			default:
+				// It may take effect at any time until the end, or never, which is
+				// the same as at the end of all.
+				if expected {
+					return true, state{c.Version, c.Nonce}
+				}
+				return true, s
+			}
+		},
+		DescribeOperation: func(in, _ any) string { return fmt.Sprintf("%+v", in) },
+	}
+}
+
+func linearizable(version uint64, nonce string, calls [][]call) porcupine.CheckResult {
+	var ops []porcupine.Operation
+	for id, cs := range calls {
+		for _, c := range cs {
+			ret := int64(c.Return)
+			if c.Outcome == "unknown" {
+				ret = math.MaxInt64
+			}
+			ops = append(ops, porcupine.Operation{ClientId: id, Input: c, Call: int64(c.Begin), Return: ret})
+		}
+	}
+	return porcupine.CheckOperationsTimeout(registerModel(version, nonce), ops, time.Minute)
+}
+
+// TestLinearizabilityChecker shows that the check below can fail.
+func TestLinearizabilityChecker(t *testing.T) {
+	win := func(nonce string, from, to boottime.Instant) call {
+		return call{Swap: true, Prev: 1, PrevNonce: "n", Version: 2, Nonce: nonce, Outcome: "ok", Begin: from, Return: to}
+	}
+	lost, unknown := win("b", 1, 5), win("b", 1, 5)
+	lost.Outcome, unknown.Outcome = "conflict", "unknown"
+	load := func(v uint64, nonce string, from boottime.Instant) call {
+		return call{Version: v, Nonce: nonce, Outcome: "ok", Begin: from, Return: from + 1}
+	}
+	for _, c := range []struct {
+		name  string
+		calls [][]call
+		want  porcupine.CheckResult
+	}{
+		{"one winner", [][]call{{win("a", 1, 5)}, {lost}}, porcupine.Ok},
+		{"two winners", [][]call{{win("a", 1, 5)}, {win("b", 1, 5)}}, porcupine.Illegal},
+		{"conflict without a winner", [][]call{{lost}}, porcupine.Illegal},
+		{"stale load", [][]call{{win("a", 1, 5)}, {load(1, "n", 6)}}, porcupine.Illegal},
+		{"unknown took effect late", [][]call{{unknown}, {load(1, "n", 6), load(2, "b", 9)}}, porcupine.Ok},
+		{"unknown took no effect", [][]call{{unknown}, {load(1, "n", 6)}, {win("a", 10, 12), load(2, "a", 13)}}, porcupine.Ok},
+		{"unknown was undone", [][]call{{unknown}, {load(2, "b", 6), load(1, "n", 9)}}, porcupine.Illegal},
+	} {
+		if got := linearizable(1, "n", c.calls); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// TestContenders lets 16 processes fight for a free lease over many rounds, half of them with
+// replies that get lost. Every term has one holder, and what the register answered is
+// linearizable.
+func TestContenders(t *testing.T) {
+	rounds := 15
+	if s := os.Getenv(roundsEnv); s != "" {
+		if _, err := fmt.Sscan(s, &rounds); err != nil {
+			t.Fatal(err)
+		}
+	}
+	share := newShare(t, quickFS{})
+	reader := mustOpen(t, share)
+	first := mustLoad(t, reader)
+	exe, err := os.Executable()
+	must(t, err)
+	type proc struct {
+		in  io.WriteCloser
+		out *json.Decoder
+	}
+	var procs []proc
+	for i := range contenders {
+		config, err := json.Marshal(contender{
+			Share: share.Share, ClusterID: share.ClusterID, Dir: t.TempDir(),
+			Name: fmt.Sprintf("i%02d", i), Faulty: i%2 == 1,
+		})
+		must(t, err)
+		cmd := exec.Command(exe)
+		cmd.Env = append(os.Environ(), contenderEnv+"="+string(config))
+		cmd.Stderr = os.Stderr
+		in, err := cmd.StdinPipe()
+		must(t, err)
+		out, err := cmd.StdoutPipe()
+		must(t, err)
+		must(t, cmd.Start())
+		t.Cleanup(func() {
+			_ = in.Close() // also ends it
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("contender %d: %v", i, err)
+			}
+		})
+		procs = append(procs, proc{in, json.NewDecoder(out)})
+	}
+	for i, p := range procs {
+		if err := p.out.Decode(&report{}); err != nil {
+			t.Fatalf("contender %d does not start: %v", i, err)
+		}
+	}
+	calls := make([][]call, contenders)
+	winner := map[uint64]int{}
+	records := map[uint64]lease.Record{}
+	unknown := 0
+	for range rounds {
+		for i, p := range procs {
+			if _, err := io.WriteString(p.in, "go\n"); err != nil {
+				t.Fatalf("contender %d: %v", i, err)
+			}
+		}
+		for i, p := range procs {
+			var rep report
+			if err := p.out.Decode(&rep); err != nil {
+				t.Fatalf("contender %d: %v", i, err)
+			}
+			calls[i] = append(calls[i], rep.Calls...)
+			for _, c := range rep.Calls {
+				if c.Outcome == "unknown" {
+					unknown++
+				}
+			}
+			for _, term := range rep.Terms {
+				if other, taken := winner[term]; taken {
+					t.Errorf("term %d has the holders %d and %d", term, other, i)
+				}
+				winner[term] = i
+			}
+		}
+		recs, err := reader.History(testContext(t))
+		must(t, err)
+		for _, r := range recs {
+			records[r.Version] = r
+		}
+	}
+	last := mustLoad(t, reader)
+	if uint64(len(winner)) != last.Term || last.Term < uint64(rounds) {
+		t.Errorf("%d terms were won, the register says %d", len(winner), last.Term)
+	}
+	var all []lease.Record
+	for v := uint64(1); v <= last.Version; v++ {
+		if r, ok := records[v]; ok {
+			all = append(all, r)
+		}
+	}
+	if len(all) != int(last.Version) {
+		t.Errorf("%d records of %d were seen", len(all), last.Version)
+	}
+	if bad := history.Check(all); len(bad) > 0 {
+		t.Errorf("history: %v", bad)
+	}
+	n := 0
+	for _, c := range calls {
+		n += len(c)
+	}
+	if res := linearizable(first.Version, first.Nonce, calls); res != porcupine.Ok {
+		t.Errorf("%d calls are not linearizable: %v", n, res)
+	}
+	t.Logf("%d terms, %d calls, %d of unknown outcome", last.Term, n, unknown)
+	if unknown == 0 {
+		t.Error("no outcome was unknown: the faults do not work")
+	}
+}
