@@ -237,7 +237,8 @@ func (a *applier) makeZero(t *target, f *os.File, e Extent) error {
 		if t.fresh {
 			return nil
 		}
-		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		// Whole blocks, also behind the file's end: of a part only the bytes would be cleared.
+		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, int64(e.Count)*BlockSize)
 	case ExtentZero:
 		c = codeZero
 		if t.fresh {
