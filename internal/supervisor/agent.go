@@ -303,7 +303,7 @@ func (s *Supervisor) order(ctx context.Context, o lease.Order, report api.Report
 			res.Lossless = o.Kind == lease.OrderSwitchover && r.Term == o.Term+1
 			return res, nil
 		}
-		if err, ok := answer(r, o.ID); ok {
+		if ok, err := answer(r, o.ID); ok {
 			return api.MoveResult{}, err
 		}
 		if s.clock.Now().Sub(began) > movePatience {
@@ -348,7 +348,7 @@ func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, repo
 	for {
 		v := s.lease.View()
 		r := v.Record
-		if err, ok := answer(r, o.ID); ok {
+		if ok, err := answer(r, o.ID); ok {
 			if err != nil {
 				return api.RollbackResult{}, err
 			}
@@ -365,14 +365,14 @@ func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, repo
 }
 
 // answer says what became of an order, if the holder has answered it.
-func answer(r lease.Record, id string) (error, bool) {
+func answer(r lease.Record, id string) (answered bool, err error) {
 	if r.Answer == nil || r.Answer.Order != id {
-		return nil, false
+		return false, nil
 	}
 	if r.Answer.Error == "" {
-		return nil, true
+		return true, nil
 	}
-	return api.WithHint(errors.New(r.Answer.Error), r.Answer.Hint), true
+	return true, api.WithHint(errors.New(r.Answer.Error), r.Answer.Hint)
 }
 
 // Restart implements api.Agent.

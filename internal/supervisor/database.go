@@ -218,7 +218,7 @@ func (d *database) monitor(ctx context.Context, changed func()) {
 		}
 		cancel()
 		if st := d.state(); st.running && st.serving {
-			d.probe(ctx)
+			_ = d.probe(ctx) // kept in the state, for status and health checks
 		}
 		d.checkFences(ctx)
 		after := d.state()

@@ -124,11 +124,11 @@ func (h *harness) throttled() fsx.FS {
 		if op != fsx.OpPoint || !is || !h.reading.Load() {
 			return nil
 		}
-		fi, err := os.Stat(filepath.Join(h.dir, "local", "volume", name))
-		if err != nil {
-			return nil // gone by now: nothing to read
+		size := int64(0)
+		if fi, err := os.Stat(filepath.Join(h.dir, "local", "volume", name)); err == nil {
+			size = min(fi.Size(), piece) // else it is gone by now
 		}
-		time.Sleep(time.Duration(float64(min(fi.Size(), piece)) / readRate * float64(time.Second)))
+		time.Sleep(time.Duration(float64(size) / readRate * float64(time.Second)))
 		return nil
 	}}
 }
@@ -161,7 +161,7 @@ func (h *harness) round(n int, freeze bool) error {
 	h.t.Logf("snapshot %d: last round took %s, %d MiB changed", n, c.FreezeFor.Round(time.Millisecond), stats.ChangedBytes>>20)
 	dir := filepath.Join(h.dir, fmt.Sprintf("copy%d", n))
 	h.must(volsync.Restore(h.ctx, h.store, tree.Ref, dir, volsync.RestoreOptions{}))
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	return h.check(dir)
 }
 

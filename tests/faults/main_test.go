@@ -43,7 +43,7 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(root)
+	defer func() { _ = os.RemoveAll(root) }()
 	env = environment{binary: filepath.Join(root, "dbsupervisor"), root: root}
 	build := exec.Command("go", "build", "-o", env.binary, "dbsupervisor/cmd/dbsupervisor")
 	build.Stderr = os.Stderr
