@@ -50,7 +50,7 @@ func (a *app) importCmd() *cobra.Command {
 	}
 }
 
-// importDir takes the first term like any agent, so that a cluster that somebody else is
+// importDir takes a term like any agent, so that a cluster that somebody else is
 // starting at this moment can't get two beginnings.
 func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, log hclog.Logger) (ref volsync.SnapshotRef, stats volsync.ImportStats, err error) {
 	if pid := filepath.Join(dir, "postmaster.pid"); cfg.Database.Engine == "postgres" && exists(pid) {
@@ -60,7 +60,7 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 	if err != nil {
 		return ref, stats, err
 	}
-	if s.record.Head != nil || s.record.Term != 0 {
+	if s.record.Head != nil {
 		return ref, stats, api.WithHint(fmt.Errorf("import %s: cluster %s has data already", dir, cfg.Cluster), "import into a cluster that was just made with init, before any agent has run")
 	}
 	boot, err := boottime.BootID()
@@ -77,6 +77,12 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 		return ref, stats, err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
+	if st := v.State(); st.Phase == volsync.PhaseLive && st.LiveTerm == 0 && st.Base.ID == "" {
+		// An import that was cut off before its commit; no database has ever run on it.
+		if _, err := v.SetAside(ctx, "an import that was not finished", volsync.SnapshotRef{}); err != nil {
+			return ref, stats, err
+		}
+	}
 	stats, err = v.Import(ctx, dir, m)
 	if err != nil {
 		return ref, stats, fmt.Errorf("import %s: %w", dir, err)
@@ -89,11 +95,11 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 		return ref, stats, fmt.Errorf("set up lease: %w", err)
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	if err := l.Refresh(ctx); err != nil {
-		return ref, stats, fmt.Errorf("read register: %w", err)
+	if err := takeTerm(ctx, cfg, l); err != nil {
+		return ref, stats, fmt.Errorf("take a term: %w", err)
 	}
-	if err := l.Acquire(ctx, func(*lease.Record) {}); err != nil {
-		return ref, stats, fmt.Errorf("take the first term: %w", err)
+	if l.View().Record.Head != nil {
+		return ref, stats, errors.Join(fmt.Errorf("import %s: another instance has committed data meanwhile", dir), l.Release(ctx, ""))
 	}
 	// Renews while the snapshot is shipped.
 	renewing, stop := context.WithCancel(ctx)
@@ -106,15 +112,36 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 		return ref, stats, err
 	}
 	if err := l.Release(ctx, ""); err != nil {
-		return ref, stats, fmt.Errorf("release the first term (the snapshot is committed): %w", err)
+		return ref, stats, fmt.Errorf("release the term (the snapshot is committed): %w", err)
 	}
 	return ref, stats, nil
+}
+
+// takeTerm acquires the lease: at once in a new cluster, after a TTL when an earlier import
+// died with it. It gives up when somebody else keeps renewing.
+func takeTerm(ctx context.Context, cfg *config.Config, l *lease.Lease) error {
+	clock := boottime.Real{}
+	for end := clock.Now().Add(3 * cfg.Lease.TTL); ; {
+		if err := l.Refresh(ctx); err != nil {
+			return fmt.Errorf("read register: %w", err)
+		}
+		err := l.Acquire(ctx, func(*lease.Record) {})
+		if !errors.Is(err, lease.ErrNotYet) || clock.Now() >= end {
+			return err
+		}
+		if err := clock.WaitUntil(ctx, l.View().ChallengeAt); err != nil {
+			return err
+		}
+	}
 }
 
 // firstSnapshot captures a volume that no database uses, ships it and commits it.
 func firstSnapshot(ctx context.Context, cfg *config.Config, store *volsync.Store, v *volsync.Volume, l *lease.Lease, m *meter) (volsync.SnapshotRef, error) {
 	var none volsync.SnapshotRef
 	basis := l.View().Record
+	if err := v.Baseline(ctx, store, none); err != nil {
+		return none, fmt.Errorf("begin history: %w", err)
+	}
 	c, err := v.Capture(ctx, volsync.CaptureRequest{NoFreeze: true, Progress: m})
 	if err != nil {
 		return none, fmt.Errorf("capture volume: %w", err)

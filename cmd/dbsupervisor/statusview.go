@@ -127,6 +127,9 @@ func (v *view) cluster() {
 func (v *view) primary() string {
 	s := v.s
 	p := s.Primary
+	if p.Instance == "" && s.Lease.LastContactMS == nil {
+		return "not known"
+	}
 	if p.Instance == "" {
 		return "nobody has held the term yet"
 	}
