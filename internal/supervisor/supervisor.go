@@ -70,6 +70,7 @@ type Supervisor struct {
 	resuming   bool
 	stopping   bool
 	restarting bool
+	fatal      error            // the lease can't work; ends Run once nothing of ours runs
 	yielded    boottime.Instant // when this incarnation last gave the term up
 
 	schedule   cron.Schedule
@@ -182,7 +183,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	cancel()
 	wg.Wait()
-	return nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fatal
 }
 
 // resume finds out whether the term of before an agent restart is still ours, then lets
@@ -205,7 +208,13 @@ func (s *Supervisor) resume(ctx context.Context) {
 	}
 	s.poke()
 	if err := s.lease.Run(ctx); err != nil && ctx.Err() == nil {
-		s.fail("lease stopped working", err)
+		if errors.Is(err, lease.ErrInstanceInUse) {
+			err = api.WithHint(err, "give every machine its own name: set `instance` in the configuration, or leave it out to use the host's name")
+		}
+		s.mu.Lock()
+		s.fatal = err
+		s.mu.Unlock()
+		s.poke()
 	}
 }
 
@@ -301,7 +310,7 @@ func (s *Supervisor) observe() Observation {
 		Volume:    s.volume.State(),
 		Container: db.exists, Running: db.running, OwnTerm: db.exists && db.term == v.Record.Term,
 		TooManyDie: db.tooMany,
-		Stopping:   s.stopping, Restarting: s.restarting,
+		Stopping:   s.stopping || s.fatal != nil, Restarting: s.restarting,
 		NoFailover: s.set.Failover.NoFailover,
 		Job:        s.job, Waiting: map[Action]bool{},
 	}

@@ -39,7 +39,7 @@ func TestDamage(t *testing.T) {
 					t.Errorf("verify does not name %s:\n%s", filepath.Base(file), text)
 				}
 				dir := filepath.Join(c.Root, "restored-"+strings.ReplaceAll(kind+name, " ", ""))
-				out, err = a.CLI(ctx, "restore", "--to", dir, "--at", "now")
+				out, err = a.CLI(ctx, "restore", "--to", dir)
 				if err == nil {
 					t.Fatalf("restore of a damaged snapshot succeeded:\n%s", out)
 				}
@@ -48,7 +48,7 @@ func TestDamage(t *testing.T) {
 	}
 	must(t, second(a.CLI(ctx, "snapshots", "verify")))
 	dir := filepath.Join(c.Root, "restored")
-	must(t, second(a.CLI(ctx, "restore", "--to", dir, "--at", "now")))
+	must(t, second(a.CLI(ctx, "restore", "--to", dir)))
 	if b, err := os.ReadFile(filepath.Join(dir, "PG_VERSION")); err != nil || !bytes.HasPrefix(b, []byte("1")) {
 		t.Errorf("restored directory is no PostgreSQL cluster: %q %v", b, err)
 	}

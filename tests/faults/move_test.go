@@ -62,9 +62,12 @@ func TestAgentRestartCommand(t *testing.T) {
 	a := c.Instances[0]
 	id, err := a.Container(ctx)
 	must(t, err)
-	must(t, second(a.CLI(ctx, "agent", "restart")))
+	// The command waits for the new agent, which here nobody starts but the test.
+	done := make(chan error, 1)
+	go func() { done <- second(a.CLI(ctx, "agent", "restart")) }()
 	must(t, a.WaitAgent(ctx))
 	must(t, a.StartAgent())
+	must(t, <-done)
 	within(t, ctx, 10*time.Second, "agent is primary again", func() bool { return a.Is(ctx, "primary") })
 	if now, _ := a.Container(ctx); now != id {
 		t.Errorf("container changed from %.12s to %.12s", id, now)
