@@ -687,3 +687,47 @@ func TestAbandonedSwapOffersNothing(t *testing.T) {
 		t.Errorf("newest is %d", got.Version)
 	}
 }
+
+// A record is whole and on the disk before its name is offered, and the name is on the disk
+// before anybody is told.
+func TestSwapIsDurable(t *testing.T) {
+	f := newFaultFS(quickFS{})
+	r := mustOpen(t, newShare(t, f))
+	prev := mustLoad(t, r)
+	var ops []fsx.Op
+	f.set(func(op fsx.Op, _ string) error { ops = append(ops, op); return nil }, nil)
+	rec := mustSwap(t, r, prev, prev)
+	at := 0
+	for _, op := range []fsx.Op{fsx.OpCreate, fsx.OpWrite, fsx.OpSync, fsx.OpClose, fsx.OpLink, fsx.OpSyncDir, fsx.OpReadDir} {
+		i := slices.Index(ops[at:], op)
+		if i < 0 {
+			t.Fatalf("no %s after %v in %v", op, ops[:at], ops)
+		}
+		at += i + 1
+	}
+	f.set(func(op fsx.Op, _ string) error {
+		if op == fsx.OpSyncDir {
+			return syscall.EIO
+		}
+		return nil
+	}, nil)
+	_, err := r.CompareAndSwap(testContext(t), rec, rec)
+	want(t, err, lease.ErrUnknown)
+	// Errors of writing that are reported only at the end are errors.
+	for _, last := range []fsx.Op{fsx.OpSync, fsx.OpClose} {
+		f.set(nil, nil)
+		rec = mustLoad(t, r)
+		f.set(nil, func(op fsx.Op, path string, err error) error {
+			if op == last && strings.HasSuffix(path, ".tmp") {
+				return syscall.EIO
+			}
+			return err
+		})
+		_, err = r.CompareAndSwap(testContext(t), rec, rec)
+		want(t, err, syscall.EIO)
+		f.set(nil, nil)
+		if got := mustLoad(t, r); got.Nonce != rec.Nonce {
+			t.Errorf("a record with a failed %s was offered", last)
+		}
+	}
+}

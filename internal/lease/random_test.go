@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -17,31 +18,37 @@ import (
 	"dbsupervisor/internal/lease/history"
 )
 
-// seedsEnv sets how many random runs TestRandomRuns does (default 25).
+// seedsEnv sets how many random runs TestRandomRuns does (default 16).
 const seedsEnv = "LEASE_SEEDS"
 
 // TestRandomRuns lets three instances do whatever they may, in any order, over a share that
 // loses replies, hangs and is slow, with agents that are killed and machines that reboot, and
 // checks after every step what everything else relies on.
 func TestRandomRuns(t *testing.T) {
-	seeds := 25
+	seeds := 16
 	if s := os.Getenv(seedsEnv); s != "" {
 		var err error
 		seeds, err = strconv.Atoi(s)
 		must(t, err)
 	}
+	var mu sync.Mutex
 	terms, commits := uint64(0), 0
-	for seed := range seeds {
-		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
-			w := newWorld(t, uint64(seed))
-			for range 150 {
-				w.act()
-				w.check()
-			}
-			terms += w.records[len(w.records)-1].Term
-			commits += w.commits
-		})
-	}
+	t.Run("runs", func(t *testing.T) {
+		for seed := range seeds {
+			t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t, uint64(seed))
+				for range 150 {
+					w.act()
+					w.check()
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				terms += w.records[len(w.records)-1].Term
+				commits += w.commits
+			})
+		}
+	})
 	t.Logf("%d terms, %d commits", terms, commits)
 	if !t.Failed() && (terms < uint64(seeds) || commits < seeds) {
 		t.Errorf("only %d terms and %d commits: these runs show nothing", terms, commits)
