@@ -195,6 +195,8 @@ func TestErrors(t *testing.T) {
 		{"two documents", minimal + "---\n" + minimal, "c.yaml:5: holds more than one YAML document", "merge"},
 		{"syntax", "cluster: [\n", "c.yaml:1: is not valid YAML", "quotes"},
 		{"tab", "cluster: shop\nlease:\n\tttl: 3s\n", "c.yaml:3: is not valid YAML", "tabs"},
+		{"syntax beside a secret", db("  env:\n    PW: topsecret\n    X: [\n"), "c.yaml:7: is not valid YAML", "quotes"},
+		{"secret with a colon", db("  env:\n    PW: topsecret: x\n"), "c.yaml:6: ", "quote"},
 		{"duplicate", minimal + "cluster: other\n", "c.yaml:4: ", ""},
 		{"unknown key", minimal + "shaer: /x\n", "c.yaml:4: shaer: is not a known key", `did you mean "share"?`},
 		{"unknown key in section", lease("  ttll: 3s\n"), "c.yaml:5: lease.ttll: is not a known key", `did you mean "ttl"?`},
