@@ -99,8 +99,8 @@ func (s *Store) Scan(ctx context.Context) (RescueReport, error) {
 }
 
 // Recatalog writes a catalog for a rescue in which none is left: it lists the snapshots from
-// head back as far as their manifests are whole and a full one is below them. It condemns
-// nothing. term is the one under which the caller will commit it.
+// head back, as far as the manifests are whole and a full one is below them, whose packs are
+// all there. It condemns nothing. term is the one under which the caller will commit it.
 func (s *Store) Recatalog(ctx context.Context, head SnapshotRef, now time.Time, term uint64) (CatalogRef, error) {
 	ms, err := s.walk(ctx, head, SnapshotRef{})
 	if err != nil && !errors.Is(err, ErrMissing) && !errors.Is(err, ErrDamaged) {
@@ -117,6 +117,28 @@ func (s *Store) Recatalog(ctx context.Context, head SnapshotRef, now time.Time, 
 		return CatalogRef{}, err
 	}
 	if err := c.follow(&catalog{}, ms); err != nil {
+		return CatalogRef{}, fmt.Errorf("rebuild catalog: %w", err)
+	}
+	files, _, err := s.listFiles(ctx)
+	if err != nil {
+		return CatalogRef{}, fmt.Errorf("rebuild catalog: %w", err)
+	}
+	there := make(map[string]bool, len(files))
+	for _, f := range files {
+		there[f.path()] = true
+	}
+	// Manifests may have outlived their packs, as bases of later ones.
+	for i := range c.entries {
+		e := &c.entries[i]
+		if gone := slices.IndexFunc(e.packs, func(k uint32) bool { return !there[c.packs[k].Path] }); gone >= 0 {
+			if i == len(c.entries)-1 {
+				return CatalogRef{}, fmt.Errorf("rebuild catalog: snapshot %s can't be restored: %w", head.ID,
+					&ObjectError{Path: c.packs[e.packs[gone]].Path, Kind: ErrMissing})
+			}
+			e.listed, e.packs = false, nil
+		}
+	}
+	if err := c.trim(); err != nil {
 		return CatalogRef{}, fmt.Errorf("rebuild catalog: %w", err)
 	}
 	var created createdFiles

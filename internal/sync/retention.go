@@ -59,8 +59,8 @@ func (s *Store) condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p
 	if err := next.follow(old, ms); err != nil {
 		return cat, sum, err
 	}
-	forgotten, err := next.retain(p)
-	if err != nil {
+	forgotten := next.expire(p)
+	if err := next.trim(); err != nil {
 		return cat, sum, err
 	}
 	seen, err := s.condemnFiles(ctx, next, cat, term, &sum)
@@ -140,10 +140,9 @@ func (c *catalog) follow(old *catalog, ms []*manifest) error {
 	return nil
 }
 
-// retain applies the policy: entries that it does not keep are no longer listed, and leave
-// the catalog altogether unless a listed one is based on them. forgotten says that a listed
-// one was given up.
-func (c *catalog) retain(p Policy) (forgotten bool, err error) {
+// expire applies the policy: entries that it does not keep are no longer listed. It says
+// whether there were any.
+func (c *catalog) expire(p Policy) (forgotten bool) {
 	n := len(c.entries)
 	newest := c.entries[n-1].aged
 	hours, days := map[int64]bool{}, map[int64]bool{}
@@ -164,6 +163,13 @@ func (c *catalog) retain(p Policy) (forgotten bool, err error) {
 			forgotten = true
 		}
 	}
+	return forgotten
+}
+
+// trim drops the entries that are neither listed nor below one that is, and the packs that
+// no listed one refers to.
+func (c *catalog) trim() error {
+	n := len(c.entries)
 	byID := make(map[string]int, n)
 	for i := range c.entries {
 		byID[c.entries[i].info.ID] = i
@@ -181,7 +187,7 @@ func (c *catalog) retain(p Policy) (forgotten bool, err error) {
 			}
 			up, ok := byID[e.parent.ID]
 			if !ok || c.entries[up].chain != e.chain-1 || c.entries[up].info.SnapshotRef != e.parent {
-				return false, damaged(e.info.Manifest, "is based on %s, which is not known", e.parent.ID)
+				return damaged(e.info.Manifest, "is based on %s, which is not known", e.parent.ID)
 			}
 			j = up
 		}
@@ -198,7 +204,7 @@ func (c *catalog) retain(p Policy) (forgotten bool, err error) {
 	}
 	c.entries = entries
 	c.renumber(used)
-	return forgotten, nil
+	return nil
 }
 
 // renumber drops the packs that are not used.

@@ -17,12 +17,7 @@ import (
 // and rollbacks. Whatever is listed must be whole and be what it was.
 func TestStoreHistories(t *testing.T) {
 	storeChecks(t, 20)
-	// The share is in memory, if there is room for that: this is not about durability.
-	shm, err := os.MkdirTemp("/dev/shm", "store-test-")
-	if err != nil {
-		shm = t.TempDir()
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(shm) })
+	shm := storeMemDir(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		dir, err := os.MkdirTemp(shm, "")
 		if err != nil {
@@ -193,6 +188,17 @@ func storeChecks(t *testing.T, n int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = f.Value.Set(f.DefValue) })
+}
+
+// storeMemDir is a directory in memory where there is one: for tests that are about what is
+// written, not about durability.
+func storeMemDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "store-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
 }
 
 // storeNoLitter checks that the store has no file that nothing listed needs.
