@@ -25,12 +25,6 @@ func (f *fakeAgent) call(v any) error {
 	return f.err
 }
 
-func (f *fakeAgent) setLive(l Live) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.live = l
-}
-
 func (f *fakeAgent) Live() Live {
 	f.mu.Lock()
 	defer f.mu.Unlock()

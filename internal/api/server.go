@@ -127,11 +127,10 @@ func serve(ctx context.Context, srv *http.Server, l net.Listener, after func() e
 	if srv.Shutdown(grace) != nil {
 		_ = srv.Close()
 	}
-	<-done
-	if err := after(); err != nil {
-		return err
+	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+		return errors.Join(fmt.Errorf("serve %s: %w", l.Addr(), err), after())
 	}
-	return ctx.Err()
+	return errors.Join(after(), ctx.Err())
 }
 
 // peer asks the kernel who is at the other end.

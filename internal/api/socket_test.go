@@ -223,6 +223,33 @@ func TestProgressAndCancel(t *testing.T) {
 	}
 }
 
+// A terminal that was stopped (Ctrl-S) must not hold up a snapshot.
+func TestSlowClientDoesNotBlockTheAgent(t *testing.T) {
+	a := &fakeAgent{progress: make([]Progress, 100_000)}
+	for i := range a.progress {
+		a.progress[i] = Progress{Phase: strings.Repeat("x", 100), Done: int64(i)}
+	}
+	c, err := net.Dial("unix", SocketPath(start(t, a, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: agent\r\nContent-Length: 2\r\n\r\n{}", pathSync); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; <-time.After(5 * time.Millisecond) {
+		a.mu.Lock()
+		n := len(a.calls)
+		a.mu.Unlock()
+		if n == 1 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the operation waits for a client that does not read")
+		}
+	}
+}
+
 func TestAgentThatDiesIsReported(t *testing.T) {
 	dir := t.TempDir()
 	l, err := net.Listen("unix", SocketPath(dir))

@@ -92,9 +92,9 @@ func Parse(name string, data []byte) (*Config, error) {
 // Default is a configuration with every default that does not depend on other keys.
 func Default() *Config {
 	return &Config{
-		Init: "never",
-		Lease: Lease{Backend: "file", TTL: 10 * time.Second},
-		Sync:  Sync{Schedule: "@every 1m", Workers: runtime.NumCPU(), MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour},
+		Init:      "never",
+		Lease:     Lease{Backend: "file", TTL: 10 * time.Second},
+		Sync:      Sync{Schedule: "@every 1m", Workers: runtime.NumCPU(), MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour},
 		Retention: Retention{All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour, Grace: time.Hour},
 		Database: Database{
 			Pull: "missing", Network: "bridge", ProbeInterval: 2 * time.Second, ProbeTimeout: 5 * time.Second,
