@@ -12,9 +12,8 @@ import (
 
 const (
 	maxEnvFile = 1 << 20
-	// minSecret is the shortest value that is hidden: hiding "1" or "on" would make every
-	// message unreadable and protect nothing.
-	minSecret = 4
+	// Values that are hidden are at least this long: of variables that sound secret, and of all.
+	minSecret, minLong = 4, 12
 )
 
 // environment merges a spec's file and map into "NAME=value" lines, sorted.
@@ -88,23 +87,42 @@ func redact(err error, env []string) error {
 	if err == nil {
 		return nil
 	}
-	values := make([]string, 0, len(env))
+	msg := clean(err.Error(), env)
+	if msg == err.Error() {
+		return err
+	}
+	return &redacted{msg: msg, err: err}
+}
+
+// clean replaces the secret values of env in a text.
+func clean(text string, env []string) string {
+	var values []string
 	for _, e := range env {
-		if _, v, _ := strings.Cut(e, "="); len(v) >= minSecret {
+		if name, v, _ := strings.Cut(e, "="); isSecret(name, v) {
 			values = append(values, v)
 		}
 	}
 	// The longest first: a value may be part of another.
 	sort.Slice(values, func(i, j int) bool { return len(values[i]) > len(values[j]) })
-	msg := err.Error()
-	clean := msg
 	for _, v := range values {
-		clean = strings.ReplaceAll(clean, v, "***")
+		text = strings.ReplaceAll(text, v, "***")
 	}
-	if clean == msg {
-		return err
+	return text
+}
+
+// isSecret says whether to hide a variable's value: any long one, and a shorter one if the
+// name says so. Hiding every "on" or "postgres" would make messages unreadable.
+func isSecret(name, value string) bool {
+	if len(value) >= minLong {
+		return true
 	}
-	return &redacted{msg: clean, err: err}
+	name = strings.ToUpper(name)
+	for _, s := range []string{"PASS", "PWD", "SECRET", "TOKEN", "KEY", "CRED", "AUTH"} {
+		if strings.Contains(name, s) {
+			return len(value) >= minSecret
+		}
+	}
+	return false
 }
 
 // redacted is an error whose text hides secrets.

@@ -1,9 +1,9 @@
 // Package container is what dbsupervisor asks of a Docker engine, and nothing else: have an
 // image, run one database container that only the agent ever starts, find it again, and end it.
 //
-// Every call is bounded, by its context and by a limit of its own, and a daemon that is down
-// or hangs is told apart (ErrUnavailable) from one that says no. Values of environment
-// variables never appear in errors or logs.
+// Every call is bounded by its context and, unless it says otherwise, by a limit of its own. A
+// daemon that is down or hangs is told apart (ErrUnavailable) from one that says no. Secrets in
+// environment variables never appear in errors or logs.
 package container
 
 import (
