@@ -186,11 +186,17 @@ func (w *volWorld) step() {
 // every bit and attribute, and so is a second volume that follows with deltas, across
 // failed, abandoned and interrupted steps, restarts and reboots.
 func TestVolumeRandom(t *testing.T) {
-	volChecks(t, 12)
+	t.Run("disk", func(t *testing.T) { volRandom(t, 8, func() string { return t.TempDir() }) })
+	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }) })
+}
+
+func volRandom(t *testing.T, checks int, temp func() string) {
+	volChecks(t, checks)
 	rapid.Check(t, func(rt *rapid.T) {
 		ctx := context.Background()
 		rig := newVolRig(t)
-		dir, follow := t.TempDir(), t.TempDir()
+		rig.temp = temp
+		dir, follow := temp(), temp()
 		v := rig.open(dir, nil)
 		f := rig.open(follow, nil)
 		defer func() { _ = v.Close(); _ = f.Close() }()

@@ -211,15 +211,16 @@ type volRig struct {
 	store *Store
 	head  *Tree
 	seq   uint64
+	temp  func() string // where it restores to
 }
 
 func newVolRig(t testing.TB) *volRig {
 	t.Helper()
-	s := newTestStore(t, nil, t.TempDir())
+	s := newTestStore(t, nil, volRAM(t))
 	if err := s.Init(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	return &volRig{t: t, store: s}
+	return &volRig{t: t, store: s, temp: t.TempDir}
 }
 
 func (r *volRig) ref() SnapshotRef {
@@ -286,9 +287,24 @@ func (r *volRig) snapshot(v *Volume, req CaptureRequest) (*Capture, SnapshotRef)
 // restored restores a snapshot and describes it.
 func (r *volRig) restored(ref SnapshotRef) map[string]volDesc {
 	r.t.Helper()
-	dir := filepath.Join(r.t.TempDir(), "restored")
+	dir := filepath.Join(r.temp(), "restored")
 	volOK(r.t, Restore(context.Background(), r.store, ref, dir, RestoreOptions{Workers: 2}))
 	return volDescribe(r.t, dir)
+}
+
+// volRAM makes a directory in memory, where syncing costs nothing, if there is such a file
+// system and it keeps extended attributes.
+func volRAM(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "volsync")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if unix.Setxattr(dir, "user.test", []byte("x"), 0) != nil || unix.Removexattr(dir, "user.test") != nil {
+		return t.TempDir()
+	}
+	return dir
 }
 
 func volOK(t testing.TB, err error) {
