@@ -1,10 +1,112 @@
+//go:build modules
+
+// The tag is there until go.mod requires the modules that the Prometheus client imports.
+
 package api
 
-import "net/http"
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
 
 // metricsHandler serves what Prometheus asks for.
-func metricsHandler(HealthConfig) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		http.Error(w, "metrics are not part of this build", http.StatusNotImplemented)
-	})
+func metricsHandler(cfg HealthConfig) http.Handler {
+	return promhttp.HandlerFor(newRegistry(cfg), promhttp.HandlerOpts{Timeout: 8 * time.Second})
+}
+
+// newRegistry makes a registry of its own: nothing global, so that tests and a second
+// agent in one process don't meet.
+func newRegistry(cfg HealthConfig) *prometheus.Registry {
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	labelled := prometheus.WrapRegistererWith(prometheus.Labels{"cluster": cfg.Cluster, "instance_name": cfg.Instance}, reg)
+	labelled.MustRegister(&statusCollector{agent: cfg.Agent, version: cfg.Version})
+	return reg
+}
+
+// statusCollector turns the status into metrics when they are asked for.
+type statusCollector struct {
+	agent   Agent
+	version string
+}
+
+// Describe sends nothing: the set of metrics depends on the role.
+func (*statusCollector) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	send := func(kind prometheus.ValueType, name, help string, v float64, labels ...string) {
+		var names, values []string
+		for i := 0; i+1 < len(labels); i += 2 {
+			names, values = append(names, labels[i]), append(values, labels[i+1])
+		}
+		ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("dbsupervisor_"+name, help, names, nil), kind, v, values...)
+	}
+	gauge := func(name, help string, v float64, labels ...string) {
+		send(prometheus.GaugeValue, name, help, v, labels...)
+	}
+	counter := func(name, help string, v float64) { send(prometheus.CounterValue, name, help, v) }
+
+	gauge("build_info", "Always 1; the version is a label.", 1, "version", c.version)
+	s, err := c.agent.Status(ctx)
+	gauge("status_ok", "1 if the agent could say how it is.", flag(err == nil))
+	if err != nil {
+		return
+	}
+	for _, r := range []Role{RolePrimary, RoleStandby, RoleStarting, RoleHandoff, RoleFenced, RoleDown} {
+		gauge("role", "1 for the role that this instance has.", flag(s.Role == r), "role", string(r))
+	}
+	gauge("degraded", "How many things keep the role's duty from being wholly fulfilled.", float64(len(s.Degraded)))
+	gauge("term", "The newest known term of the cluster.", float64(s.Term))
+	gauge("paused", "1 while automatic failover is switched off.", flag(s.Paused))
+	if d := s.Lease.DeadlineInMS; d != nil {
+		gauge("lease_seconds_left", "Time until this instance must have stopped writing.", float64(*d)/1000)
+	}
+	if d := s.Lease.LastContactMS; d != nil {
+		gauge("register_last_contact_seconds", "Time since the register was last reached.", float64(*d)/1000)
+	}
+	if w := s.LossWindowSeconds; w != nil {
+		gauge("loss_window_seconds", "Seconds of writes that would be lost if this primary were lost now.", *w)
+	}
+	if h := s.Head; h != nil {
+		gauge("head_age_seconds", "Time since the freeze of the newest committed snapshot.", h.AgeSeconds)
+		gauge("head_sequence", "Sequence number of the newest committed snapshot.", float64(h.Seq))
+	}
+	if l := s.LastCommit; l != nil {
+		gauge("snapshot_last_commit_timestamp_seconds", "When this agent committed its last snapshot.", float64(l.At.UnixMilli())/1000)
+		gauge("snapshot_last_duration_seconds", "How long the last snapshot took in all.", l.DurationMS/1000)
+		gauge("snapshot_last_freeze_seconds", "How long the database stood still for the last snapshot.", l.FreezeMS/1000)
+		gauge("snapshot_last_changed_bytes", "Bytes of the volume that the last snapshot found changed.", float64(l.ChangedBytes))
+		gauge("snapshot_last_stored_bytes", "Bytes that the last snapshot wrote to the share.", float64(l.StoredBytes))
+	}
+	counter("snapshots_total", "Snapshots committed since the agent started.", float64(s.Sync.Commits))
+	counter("snapshot_failures_total", "Snapshots that failed since the agent started.", float64(s.Sync.Failures))
+	gauge("snapshot_consecutive_failures", "Snapshots that failed since the last one that was committed.", float64(s.Sync.ConsecutiveFailures))
+	gauge("local_behind_snapshots", "Snapshots that the local copy is behind the newest.", float64(s.Local.BehindSnapshots))
+	gauge("local_behind_bytes", "Bytes that the local copy is behind the newest snapshot, as far as known.", float64(s.Local.BehindBytes))
+	if f := s.Local.FreeBytes; f != nil {
+		gauge("local_free_bytes", "Room left on the local disk.", float64(*f))
+	}
+	gauge("database_up", "1 if the database's container runs and its last probe was answered.", flag(s.Database.Running && s.Database.Healthy))
+	gauge("database_restarts", "Deaths of the database in this term that were answered by a restart.", float64(s.Database.Restarts))
+	gauge("gate_open", "1 while the kernel lets clients reach the write port.", flag(s.Gate.Open))
+	gauge("guard_ok", "1 if the guard process answers.", flag(s.Guard.OK))
+	gauge("forks", "Volumes that were set aside because history went on without them.", float64(len(s.Forks)))
+}
+
+func flag(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
