@@ -1,7 +1,3 @@
-//go:build docker
-
-// The tag is there until go.mod requires the modules that Docker's client imports.
-
 package main
 
 import (
