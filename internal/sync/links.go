@@ -186,7 +186,7 @@ func splitLast(p string) (dir, base string) {
 func climbsOut(fd int, volume string) (bool, error) {
 	defer func() { _ = unix.Close(fd) }()
 	var fsinfo unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fsinfo); err == nil && isPseudo(int64(fsinfo.Type)) {
+	if err := unix.Fstatfs(fd, &fsinfo); err == nil && isPseudo(fsinfo.Type) {
 		return false, nil
 	}
 	var top, last unix.Stat_t

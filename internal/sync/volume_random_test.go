@@ -26,7 +26,9 @@ func (w *volWorld) list() (files, dirs, links []string) {
 	dirs = []string{w.root}
 	_ = filepath.WalkDir(w.root, func(p string, e fs.DirEntry, err error) error {
 		switch {
-		case err != nil || p == w.root:
+		case err != nil:
+			return err
+		case p == w.root:
 		case e.IsDir():
 			dirs = append(dirs, p)
 		case e.Type()&fs.ModeSymlink != 0:

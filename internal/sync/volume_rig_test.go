@@ -355,11 +355,12 @@ func volOld(t testing.TB, path string) {
 		if time.Now().After(deadline) {
 			t.Fatal("the clock stands still")
 		}
-		unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
 	}
 }
 
-// volHook is a file system whose hook can be set during a test.
+// volHook is a file system whose hook can be set during a test. It is called by one
+// goroutine at a time.
 type volHook struct {
 	mu stdsync.Mutex
 	f  fsx.Hook
@@ -368,12 +369,11 @@ type volHook struct {
 func (h *volHook) fs() fsx.FS {
 	return &fsx.Hooked{FS: fsx.OS{}, Before: func(op fsx.Op, path string) error {
 		h.mu.Lock()
-		f := h.f
-		h.mu.Unlock()
-		if f == nil {
+		defer h.mu.Unlock()
+		if h.f == nil {
 			return nil
 		}
-		return f(op, path)
+		return h.f(op, path)
 	}}
 }
 
