@@ -5,11 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -47,6 +50,11 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 	if err != nil {
 		return err
 	}
+	name, err := claimName(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, name.Close()) }()
 	volume, err := openVolume(cfg, boot, log)
 	if err != nil {
 		return err
@@ -73,6 +81,20 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 	}
 	defer func() { err = errors.Join(err, sup.Close()) }()
 	return serveAgent(ctx, live, stop, cfg, sup, log)
+}
+
+// claimName makes sure that no other agent on this machine runs under the same names: it
+// would take our container for its own. An abstract socket vanishes with its process.
+func claimName(cfg *config.Config) (io.Closer, error) {
+	l, err := net.Listen("unix", "@dbsupervisor/"+cfg.Cluster+"/"+cfg.Instance)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, api.WithHint(fmt.Errorf("%w: instance name %q of cluster %q is in use on this machine", lease.ErrInstanceInUse, cfg.Instance, cfg.Cluster),
+			"stop the other agent, or give this one its own `instance` name")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("claim instance name: %w", err)
+	}
+	return l, nil
 }
 
 // serveAgent runs the supervisor with its socket and health checks, which outlast it so

@@ -37,11 +37,12 @@ type Options struct {
 	Schedule string        // default "@every 5s"
 	Grace    time.Duration // retention's grace; default 1h
 	KeepAll  time.Duration // retention.all; default 1h
+	MinFree  string        // sync.min_free; default 64MiB
 	Extra    string        // more YAML, at the top level
 	// Database is more YAML for the database section, indented by two.
 	Database string
-	// Log receives what agents and guards print; default: files in Root.
-	Verbose bool
+	// DockerHost is the engine that agents use ("unix:///..."); "" is the machine's own.
+	DockerHost string
 }
 
 // Cluster is a set of instances.
@@ -89,6 +90,9 @@ func New(o Options) (*Cluster, error) {
 	def(&o.KeepAll, time.Hour)
 	if o.Image == "" {
 		o.Image = "dbsupervisor/postgres:15"
+	}
+	if o.MinFree == "" {
+		o.MinFree = "64MiB"
 	}
 	if o.Schedule == "" {
 		o.Schedule = "@every 5s"
@@ -150,6 +154,7 @@ lease:
   margin: %s
 sync:
   schedule: %q
+  min_free: %s
 retention:
   all: %s
   grace: %s
@@ -165,7 +170,7 @@ database:
     - container: 5432
       host: %d
       address: 127.0.0.1
-%s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule,
+%s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule, c.MinFree,
 		c.KeepAll, c.Grace, i.HTTP, c.Image, env, i.Port, c.Database, c.Extra)
 	return os.WriteFile(i.Config, []byte(text), 0o600)
 }
@@ -223,6 +228,9 @@ func (i *Instance) spawn(command string) (*process, error) {
 	defer log.Close()
 	cmd := exec.Command(i.c.Binary, command, "--config", i.Config)
 	cmd.Stdout, cmd.Stderr = log, log
+	if i.c.DockerHost != "" {
+		cmd.Env = append(os.Environ(), "DOCKER_HOST="+i.c.DockerHost)
+	}
 	// Its own process group: a signal to the test is not a signal to the instance.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
@@ -281,7 +289,7 @@ func (i *Instance) WaitAgent(ctx context.Context) error {
 
 // Container returns the full ID of the instance's running container, "" without one.
 func (i *Instance) Container(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "docker", "ps", "-q", "--no-trunc",
+	out, err := i.c.docker(ctx, "ps", "-q", "--no-trunc",
 		"--filter", "label=dbsupervisor.cluster="+i.c.Name, "--filter", "label=dbsupervisor.instance="+i.Name).Output()
 	if err != nil {
 		return "", fmt.Errorf("docker ps: %w", err)
@@ -295,7 +303,7 @@ func (i *Instance) Crash(ctx context.Context) error {
 	_ = i.SignalAgent(syscall.SIGKILL)
 	_ = i.SignalGuard(syscall.SIGKILL)
 	if id != "" {
-		if kerr := exec.CommandContext(ctx, "docker", "kill", id).Run(); err == nil {
+		if kerr := i.c.docker(ctx, "kill", id).Run(); err == nil {
 			err = kerr
 		}
 	}
@@ -387,6 +395,9 @@ func (c *Cluster) Primary(ctx context.Context) *Instance {
 func (c *Cluster) WaitPrimary(ctx context.Context, not ...*Instance) (*Instance, error) {
 	var found *Instance
 	err := Until(ctx, func() bool {
+		if c.allEnded() {
+			return true
+		}
 		p := c.Primary(ctx)
 		for _, n := range not {
 			if p == n {
@@ -396,10 +407,22 @@ func (c *Cluster) WaitPrimary(ctx context.Context, not ...*Instance) (*Instance,
 		found = p
 		return p != nil
 	})
+	if err == nil && found == nil {
+		err = errors.New("every agent has ended, see its log")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("no primary: %w", err)
 	}
 	return found, nil
+}
+
+func (c *Cluster) allEnded() bool {
+	for _, i := range c.Instances {
+		if !i.Ended() {
+			return false
+		}
+	}
+	return true
 }
 
 // WaitWarm waits until the instance is a standby whose copy is at head.
@@ -441,19 +464,29 @@ func (c *Cluster) Close() error {
 			<-p.done
 		}
 	}
-	return sweep(c.Name)
+	return c.sweep()
 }
 
-// sweep removes containers and firewall tables of a cluster without processes.
-func sweep(name string) error {
+// docker is a command of the engine that this cluster uses.
+func (c *Cluster) docker(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "docker", args...)
+	if c.DockerHost != "" {
+		cmd.Env = append(os.Environ(), "DOCKER_HOST="+c.DockerHost)
+	}
+	return cmd
+}
+
+// sweep removes containers and firewall tables.
+func (c *Cluster) sweep() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "docker", "ps", "-aq", "--filter", "label=dbsupervisor.cluster="+name).Output()
+	name := c.Name
+	out, err := c.docker(ctx, "ps", "-aq", "--filter", "label=dbsupervisor.cluster="+name).Output()
 	errs := []error{err}
 	for _, id := range strings.Fields(string(out)) {
 		// A frozen container can't be removed.
-		_ = exec.CommandContext(ctx, "docker", "unpause", id).Run()
-		errs = append(errs, exec.CommandContext(ctx, "docker", "rm", "-f", "-v", id).Run())
+		_ = c.docker(ctx, "unpause", id).Run()
+		errs = append(errs, c.docker(ctx, "rm", "-f", "-v", id).Run())
 	}
 	tables, err := exec.CommandContext(ctx, "nft", "list", "tables").Output()
 	errs = append(errs, err)
@@ -519,7 +552,7 @@ func StopKept(path string) error {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	return errors.Join(sweep(k.Name), os.RemoveAll(k.Root), os.Remove(path))
+	return errors.Join((&Cluster{Name: k.Name}).sweep(), os.RemoveAll(k.Root), os.Remove(path))
 }
 
 // Pgbench runs pgbench inside of the instance's container.
@@ -537,7 +570,7 @@ func (i *Instance) Exec(ctx context.Context, args ...string) (string, error) {
 	if id == "" {
 		return "", fmt.Errorf("%s runs no container", i.Name)
 	}
-	cmd := exec.CommandContext(ctx, "docker", append([]string{"exec", "-e", "PGPASSWORD=" + i.c.Password, id}, args...)...)
+	cmd := i.c.docker(ctx, append([]string{"exec", "-e", "PGPASSWORD=" + i.c.Password, id}, args...)...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)

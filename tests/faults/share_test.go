@@ -42,7 +42,7 @@ func mounted(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Clus
 
 // TestShareHangsBriefly: inside the lease a hang is nothing but a pause in snapshots.
 func TestShareHangsBriefly(t *testing.T) {
-	c, shares, ctx := mounted(t, 2, func(o *cluster.Options) { o.TTL, o.Renew, o.Margin = 10*time.Second, time.Second, time.Second })
+	c, shares, ctx := mounted(t, 2, func(o *cluster.Options) { o.TTL, o.Renew, o.Margin = 10*time.Second, time.Second, 2*time.Second })
 	a := c.Instances[0]
 	w, err := c.StartWriter(ctx)
 	must(t, err)
