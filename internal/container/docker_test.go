@@ -638,7 +638,7 @@ func TestDaemonHangs(t *testing.T) {
 	dockertest.Until(t, soon, "the daemon answers through the proxy", func() bool { return l.Ping(t.Context()) == nil })
 	p.hang(true)
 	ctx := t.Context()
-	calls(t, l, ctx, info.ID, func(name string, took time.Duration, err error) {
+	calls(ctx, l, info.ID, func(name string, took time.Duration, err error) {
 		if !errors.Is(err, ErrUnavailable) || took > 10*time.Second {
 			t.Errorf("%s: %v after %s", name, err, took)
 		}
@@ -674,8 +674,8 @@ func TestDaemonHangs(t *testing.T) {
 }
 
 // calls tries everything that has a limit of its own.
-func calls(t *testing.T, l *lab, ctx context.Context, id string, check func(string, time.Duration, error)) {
-	t.Helper()
+func calls(ctx context.Context, l *lab, id string, check func(string, time.Duration, error)) {
+	l.t.Helper()
 	for name, call := range map[string]func() error{
 		"ping":    func() error { return l.Ping(ctx) },
 		"image":   func() error { _, err := l.EnsureImage(ctx, l.image, "", nil); return err },
@@ -719,7 +719,7 @@ func TestDaemonRestarts(t *testing.T) {
 			t.Fatalf("%s did not notice", name)
 		}
 	}
-	calls(t, l, ctx, info.ID, func(name string, _ time.Duration, err error) {
+	calls(ctx, l, info.ID, func(name string, _ time.Duration, err error) {
 		if !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%s: %v", name, err)
 		}

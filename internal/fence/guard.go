@@ -293,7 +293,7 @@ func (g *guard) waitUntil(ctx context.Context, at boottime.Instant) {
 	<-done
 	if failed {
 		g.log.Error("clock failed", "error", err)
-		time.Sleep(10 * time.Millisecond) // the loop must not spin; polling is the fallback
+		<-time.After(10 * time.Millisecond) // the loop must not spin; polling is the fallback
 	}
 }
 
