@@ -115,16 +115,16 @@ func contend(config string, in io.Reader, out io.Writer) (err error) {
 	share := newFaultFS(quickFS{})
 	if c.Faulty {
 		share.set(func(op fsx.Op, _ string) error {
-			if op == fsx.OpLink && mrand.IntN(20) == 0 {
+			if op == fsx.OpLink && mrand.IntN(2) == 0 {
 				return syscall.EIO
 			}
 			return nil
 		}, func(op fsx.Op, _ string, err error) error {
 			switch {
 			case op != fsx.OpLink || err != nil:
-			case mrand.IntN(10) == 0:
+			case mrand.IntN(5) == 0:
 				return syscall.EIO
-			case mrand.IntN(10) == 0:
+			case mrand.IntN(5) == 0:
 				return syscall.EEXIST
 			}
 			return err

@@ -451,6 +451,67 @@ func TestInitOnce(t *testing.T) {
 	}
 }
 
+// Two that have both found the share empty: the file `cluster` is made exclusively.
+func TestInitRace(t *testing.T) {
+	f := newFaultFS(quickFS{})
+	fast := lease.FileConfig{FS: quickFS{}, Share: t.TempDir(), Rand: rand.Reader}
+	slow := fast
+	slow.FS = f
+	won := ""
+	f.set(func(op fsx.Op, path string) error {
+		if op == fsx.OpLink && filepath.Base(path) == "cluster" {
+			var err error
+			won, err = lease.InitFile(testContext(t), fast, lease.Record{TTL: 1})
+			must(t, err)
+		}
+		return nil
+	}, nil)
+	_, err := lease.InitFile(testContext(t), slow, lease.Record{TTL: 1})
+	want(t, err, lease.ErrInitialised)
+	if got := mustOpen(t, fast).ClusterID(); got != won {
+		t.Errorf("cluster id is %s, want %s", got, won)
+	}
+	// The answer "exists" to a repeated request that had succeeded is no conflict.
+	f.set(nil, nil)
+	again := slow
+	again.Share = t.TempDir()
+	f.set(nil, func(op fsx.Op, path string, err error) error {
+		if op == fsx.OpLink && filepath.Base(path) == "cluster" {
+			return syscall.EEXIST
+		}
+		return err
+	})
+	_, err = lease.InitFile(testContext(t), again, lease.Record{TTL: 1})
+	must(t, err)
+}
+
+// A crash leaves a temporary name behind (nothing of the dead process cleans up); it harms
+// nobody and is removed with the records of its age.
+func TestCrashedWritersTemporaryFile(t *testing.T) {
+	f := newFaultFS(quickFS{})
+	cfg := newShare(t, f)
+	r := mustOpen(t, cfg)
+	prev := mustLoad(t, r)
+	crash := once(fsx.OpLink, fsx.ErrCrash)
+	f.set(nil, crash)
+	_, err := r.CompareAndSwap(testContext(t), prev, prev)
+	want(t, err, lease.ErrUnknown)
+	f.set(nil, nil)
+	temps := func() int {
+		m, err := filepath.Glob(filepath.Join(registerDir(t, cfg.Share), ".*.tmp"))
+		must(t, err)
+		return len(m)
+	}
+	if n := temps(); n != 1 {
+		t.Fatalf("%d temporary files after the crash", n)
+	}
+	grow(t, r, mustLoad(t, r), 100)
+	must(t, r.Prune(testContext(t)))
+	if n := temps(); n != 0 {
+		t.Errorf("%d temporary files after pruning", n)
+	}
+}
+
 // A crash anywhere in an initialisation leaves either no cluster or a whole one, and never
 // makes this instance ready to begin another one after a cluster may exist.
 func TestInitCrashAtEveryStep(t *testing.T) {

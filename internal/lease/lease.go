@@ -407,17 +407,11 @@ func (l *Lease) observe(rec Record, own bool) error {
 	return l.duplicate
 }
 
-// settle forgets offers that a higher version has decided. l.mu is held.
+// settle forgets what was offered: every offer was for the number after the record known
+// then, so any newer record has decided it. l.mu is held.
 func (l *Lease) settle() {
-	open := l.offered[:0]
-	for _, o := range l.offered {
-		if o.Version > l.rec.Version {
-			open = append(open, o)
-		}
-	}
-	clear(l.offered[len(open):])
-	l.offered = open
-	if l.claim != 0 && len(open) == 0 && !l.mine(l.rec, l.claim) {
+	l.offered = nil
+	if l.claim != 0 && !l.mine(l.rec, l.claim) {
 		l.claim = 0
 	}
 }
