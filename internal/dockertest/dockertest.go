@@ -156,8 +156,10 @@ func (e *callError) Error() string {
 // of `docker run`, image and command included. It returns the full ID.
 func Run(t testing.TB, pkg string, args ...string) string {
 	t.Helper()
-	id := Docker(t, append([]string{"run", "-d", "--label", Label + "=" + pkg}, args...)...)
+	// In two steps, as a container that can't be started is left by `docker run`, too.
+	id := Docker(t, append([]string{"create", "--label", Label + "=" + pkg}, args...)...)
 	Cleanup(t, id)
+	Docker(t, "start", id)
 	return id
 }
 
