@@ -206,9 +206,16 @@ func TestStoreEveryByte(t *testing.T) {
 		switch name.kind {
 		case kindManifest:
 			_, err := s.readManifest(ctx, name.path(), refs[name.path()], false)
+			// A scan doesn't know the hash and must see it all the same.
+			if _, e := s.readManifest(ctx, name.path(), "", true); (e == nil) != (err == nil) {
+				return e
+			}
 			return err
 		case kindCatalog:
 			_, err := s.readCatalog(ctx, CatalogRef{name.path(), refs[name.path()]})
+			if _, e := s.readCatalog(ctx, CatalogRef{Name: name.path()}); (e == nil) != (err == nil) {
+				return e
+			}
 			return err
 		}
 		p, err := s.openPack(packs[name.path()])
@@ -413,5 +420,108 @@ func TestStoreCrash(t *testing.T) {
 		}
 		storeAllWhole(t, h)
 		storeNoLitter(t, h)
+	}
+}
+
+// TestStoreReplaced puts whole files of the right name in the place of others, as a restored
+// backup or a second writer would: only the hash that refers to them tells.
+func TestStoreReplaced(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	h := storeSmall(t, dir)
+	other := storeSmall(t, t.TempDir())
+	replace := func(name, with string) {
+		b, err := os.ReadFile(filepath.Join(other.s.cfg.Dir, with))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The same name in both: a manifest, a catalog and a pack of the other history.
+	name, _ := parseName(h.head.Ref.Manifest)
+	m := &manifest{info: SnapshotInfo{SnapshotRef: SnapshotRef{Term: name.term, Seq: name.seq}}, names: 1}
+	m.change = treeChange{nextID: 1, names: map[string]FileID{"": 0}, inodes: map[FileID]*inodeChange{0: {meta: Inode{Type: TypeDir}}}}
+	m.info.Files = 1
+	if err := other.s.writeManifest(m, name, &createdFiles{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.s.LoadTree(ctx, m.info.SnapshotRef); err != nil {
+		t.Fatal(err) // it is a proper one
+	}
+	replace(h.head.Ref.Manifest, m.info.Manifest)
+	if _, err := h.s.LoadTree(ctx, h.head.Ref); !errors.Is(err, ErrDamaged) {
+		t.Errorf("LoadTree says %v", err)
+	}
+	ms, err := other.s.walk(ctx, other.head.Ref, SnapshotRef{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cname, _ := parseName(h.cat.Name)
+	c := &catalog{name: cname, head: other.head.Ref}
+	if err := c.follow(&catalog{}, ms); err != nil {
+		t.Fatal(err)
+	}
+	ref, err := other.s.writeCatalog(c, 0, &createdFiles{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace(h.cat.Name, ref.Name)
+	if _, err := h.s.Sweep(ctx, h.cat); !errors.Is(err, ErrDamaged) {
+		t.Errorf("Sweep says %v", err)
+	}
+	// The other history's second pack has other content in the same layout.
+	p, q := h.head.Packs[0], other.head.Packs[2]
+	replace(p.Path, q.Path)
+	p.Size = q.Size
+	if _, err := h.s.openPack(p); !errors.Is(err, ErrDamaged) {
+		t.Errorf("opening the pack says %v", err)
+	}
+	p.Hash = q.Hash
+	r, err := h.s.openPack(p)
+	if err != nil {
+		t.Fatal(err) // it is a proper one
+	}
+	_ = r.file.Close()
+}
+
+// TestStoreVerifyReferences: a tree that refers to blocks which its pack doesn't have.
+func TestStoreVerifyReferences(t *testing.T) {
+	ctx := context.Background()
+	h := storeSmall(t, t.TempDir())
+	good := h.head
+	target := *h.head
+	target.Inodes = map[FileID]*Inode{}
+	for id, in := range h.head.Inodes {
+		n := *in
+		n.Extents = slices.Clone(in.Extents)
+		for i := range n.Extents {
+			n.Extents[i].PackBlock++
+		}
+		target.Inodes[id] = &n
+	}
+	wrong, _, err := h.s.WriteRollback(ctx, RollbackRequest{Head: h.head.Ref, Catalog: h.cat, Target: &target, Term: 1, Seq: h.seq()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := h.s.List(ctx, wrong.Ref, h.cat)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rep, err := h.s.Verify(ctx, list, nil)
+	if err != nil || len(rep.Problems) == 0 || rep.NewestWhole == nil || rep.NewestWhole.ID != good.Ref.ID {
+		t.Errorf("report is %+v, %v", rep, err)
+	}
+	for _, p := range rep.Problems {
+		if !slices.Equal(p.Snapshots, []string{wrong.Ref.ID}) {
+			t.Errorf("problem is %+v", p)
+		}
+	}
+	last := wrong.Inodes[h.model.names["fa"]].Extents
+	e := last[len(last)-1]
+	err = h.s.Read(ctx, wrong, []Want{{Pack: e.Pack, Block: e.PackBlock, Count: e.Count}}, func(Want, []byte) error { return nil }, nil)
+	if !errors.Is(err, ErrDamaged) {
+		t.Errorf("Read says %v", err)
 	}
 }

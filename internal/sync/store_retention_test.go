@@ -412,3 +412,104 @@ func TestScan(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// storeBigBase is a history whose full manifest is so large that deltas pile up.
+func storeBigBase(t *testing.T) *storeHistory {
+	h := newStoreHistory(t, newTestStore(t, nil, storeMemDir(t)), 46)
+	for range 300 {
+		h.model.add(fmt.Sprintf("file-%x", h.r.Int63()), Inode{Type: TypeRegular, MTime: h.r.Int63()})
+	}
+	h.step(t, 0, time.Minute)
+	return h
+}
+
+// TestStoreChainIsBounded: a reader never has to go through more than the allowed deltas.
+func TestStoreChainIsBounded(t *testing.T) {
+	h := storeBigBase(t)
+	var chains []int
+	for range 10 {
+		h.model.inodes[1].meta.MTime++
+		h.step(t, 0, time.Minute)
+		chains = append(chains, h.head.meta.chain)
+	}
+	if want := []int{1, 2, 3, 4, 5, 6, 0, 1, 2, 3}; !slices.Equal(chains, want) {
+		t.Errorf("chains are %v instead of %v", chains, want)
+	}
+	storeAllWhole(t, h)
+}
+
+// TestCondemnDroppedPack: a pack that a delta stopped referring to is condemned although no
+// full manifest has been written since.
+func TestCondemnDroppedPack(t *testing.T) {
+	ctx := context.Background()
+	h := storeBigBase(t)
+	f := h.model.inodes[h.model.add("f", Inode{Type: TypeRegular, Size: 2 * BlockSize})]
+	f.blocks = []storeBlock{{ExtentData, strings.Repeat("a", BlockSize)}, {ExtentData, strings.Repeat("b", BlockSize)}}
+	h.step(t, 0, time.Minute)
+	pack := h.head.Packs[len(h.head.Packs)-1].Path
+	for i, gone := range []bool{false, true} {
+		f = h.model.inodes[h.model.names["f"]] // the second block goes last
+		f.blocks[i] = storeBlock{ExtentData, strings.Repeat("c", BlockSize)}
+		h.step(t, 0, time.Minute)
+		if h.head.meta.chain == 0 {
+			t.Fatal("the manifest is full")
+		}
+		cat, _, err := h.s.Condemn(ctx, h.head.Ref, h.cat, Policy{}, h.now, h.term)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.cat = cat
+		c, err := h.s.readCatalog(ctx, cat)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(c.condemned, pack) != gone {
+			t.Errorf("step %d: pack is condemned: %v", i, !gone)
+		}
+		if _, err := h.s.Sweep(ctx, cat); err != nil {
+			t.Fatal(err)
+		}
+		storeAllWhole(t, h)
+	}
+}
+
+// TestStoreShrinkAndGrow: what a shorter size cut off does not come back when later deltas
+// are laid over a base, and a chain that would need it is refused.
+func TestStoreShrinkAndGrow(t *testing.T) {
+	dir := Inode{Type: TypeDir}
+	file := func(blocks int64) Inode { return Inode{Type: TypeRegular, Size: blocks * BlockSize} }
+	data := func(start, count, at uint64) []Extent {
+		return []Extent{{Kind: ExtentData, Start: start, Count: count, PackBlock: at}}
+	}
+	for _, covered := range []bool{true, false} {
+		b := buildFrom(nil)
+		if err := b.apply(&treeChange{packs: make([]PackRef, 1), nextID: 2, names: map[string]FileID{"": 0, "f": 1},
+			inodes: map[FileID]*inodeChange{0: {meta: dir}, 1: {meta: file(4), extents: data(0, 4, 0)}}}); err != nil {
+			t.Fatal(err)
+		}
+		base, err := b.finish()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = buildFrom(base)
+		for _, ch := range []*inodeChange{{meta: file(1)}, {meta: file(4)}} {
+			if covered && ch.meta.Size > BlockSize {
+				ch.extents = []Extent{{Kind: ExtentHole, Start: 1, Count: 3}}
+			}
+			if err := b.apply(&treeChange{nextID: 2, inodes: map[FileID]*inodeChange{1: ch}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		tree, err := b.finish()
+		if !covered {
+			if err == nil {
+				t.Errorf("blocks came back: %v", tree.Inodes[1].Extents)
+			}
+			continue
+		}
+		want := []Extent{{Kind: ExtentData, Count: 1}, {Kind: ExtentHole, Start: 1, Count: 3}}
+		if err != nil || !slices.Equal(tree.Inodes[1].Extents, want) || tree.meta.live[0] != 1 || base.meta.live[0] != 4 {
+			t.Errorf("extents are %v, live %v: %v", tree.Inodes[1].Extents, tree.meta.live, err)
+		}
+	}
+}
