@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dustin/go-humanize"
 	"github.com/schollz/progressbar/v3"
 
 	"dbsupervisor/internal/api"
@@ -19,11 +18,18 @@ type meter struct {
 	tty bool
 
 	mu    sync.Mutex
+	said  map[string]bool // phases that have their line
 	phase string
+	since time.Time // of the phase
 	bar   *progressbar.ProgressBar
 }
 
-func newMeter(out io.Writer) *meter { return &meter{out: out, tty: onTerminal(out)} }
+// minPhase is how long a bar stays: two phases that go on at the same time take turns.
+const minPhase = time.Second
+
+func newMeter(out io.Writer) *meter {
+	return &meter{out: out, tty: onTerminal(out), said: map[string]bool{}}
+}
 
 // report takes one piece of progress.
 func (m *meter) report(p api.Progress) { m.Set(p.Phase, p.Done, p.Total) }
@@ -32,18 +38,19 @@ func (m *meter) report(p api.Progress) { m.Set(p.Phase, p.Done, p.Total) }
 func (m *meter) Set(phase string, done, total int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if phase != m.phase {
-		m.finish()
-		m.phase = phase
-		if !m.tty {
-			if total > 0 {
-				phase += " " + humanize.IBytes(uint64(total)) //nolint:gosec // positive
-			}
-			fmt.Fprintln(m.out, phase)
-		}
-	}
-	if !m.tty || phase == "" {
+	if phase == "" {
 		return
+	}
+	if !m.tty {
+		m.say(phase, total)
+		return
+	}
+	if phase != m.phase {
+		if m.bar != nil && time.Since(m.since) < minPhase {
+			return
+		}
+		m.finish()
+		m.phase, m.since = phase, time.Now()
 	}
 	if m.bar == nil {
 		if total <= 0 {
@@ -55,6 +62,18 @@ func (m *meter) Set(phase string, done, total int64) {
 		m.bar.ChangeMax64(total)
 	}
 	_ = m.bar.Set64(done) // a terminal that went away is no reason to stop
+}
+
+// say gives each phase one line.
+func (m *meter) say(phase string, total int64) {
+	if m.said[phase] {
+		return
+	}
+	m.said[phase] = true
+	if total > 0 {
+		phase += " " + bytes(total)
+	}
+	fmt.Fprintln(m.out, phase)
 }
 
 // done removes the bar.

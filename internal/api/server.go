@@ -226,7 +226,7 @@ func stream[Q any](f func(context.Context, Q, Report) (any, error)) http.Handler
 		w.Header().Set("Content-Type", "application/x-ndjson")
 		w.WriteHeader(http.StatusOK)
 		out := &lines{enc: json.NewEncoder(w), flush: http.NewResponseController(w).Flush}
-		out.send(line{Progress: &Progress{Phase: "started"}})
+		out.send(line{Progress: &Progress{}}) // the client sees that it was heard
 		pending := make(chan Progress, 1)
 		var writer sync.WaitGroup
 		writer.Go(func() {
