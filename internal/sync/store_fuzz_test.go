@@ -76,7 +76,7 @@ type storeMemFile struct {
 	*bytes.Reader
 }
 
-func (f storeMemFile) Read(b []byte) (int, error)                { return f.Reader.Read(b) }
+func (f storeMemFile) Read(b []byte) (int, error)              { return f.Reader.Read(b) }
 func (f storeMemFile) ReadAt(b []byte, off int64) (int, error) { return f.Reader.ReadAt(b, off) }
 
 // FuzzPack reads packs whose footer has the right hash, whatever it says.

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"math/rand"
 	"slices"
-	"sort"
 	"strings"
 	stdsync "sync"
 	"testing"
@@ -415,13 +414,4 @@ func (h *storeHistory) step(t testing.TB, changes int, later time.Duration) {
 		t.Fatal(err)
 	}
 	h.commit(tree)
-}
-
-func storeSortedIDs(infos []SnapshotInfo) []string {
-	var ids []string
-	for _, i := range infos {
-		ids = append(ids, i.ID)
-	}
-	sort.Strings(ids)
-	return ids
 }

@@ -57,10 +57,12 @@ func storeCountAges(ages []time.Duration, from, to time.Duration) int {
 	return n
 }
 
-var storeDefaultPolicy = Policy{All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour}
+func storeDefaultPolicy() Policy {
+	return Policy{All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour}
+}
 
 func TestRetentionClasses(t *testing.T) {
-	a := &storeAges{t: t, c: &catalog{}, p: storeDefaultPolicy}
+	a := &storeAges{t: t, c: &catalog{}, p: storeDefaultPolicy()}
 	now := time.Date(2024, 2, 25, 13, 37, 0, 0, time.UTC)
 	check := func() {
 		t.Helper()
@@ -106,7 +108,7 @@ func TestRetentionWrongClock(t *testing.T) {
 		"future": time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
 		"past":   time.Date(1970, 1, 1, 0, 0, 0, 0, time.UTC),
 	} {
-		a := &storeAges{t: t, c: &catalog{}, p: storeDefaultPolicy}
+		a := &storeAges{t: t, c: &catalog{}, p: storeDefaultPolicy()}
 		now := time.Date(2024, 2, 25, 0, 0, 0, 0, time.UTC)
 		run := func(n int) {
 			for range n {

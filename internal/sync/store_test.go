@@ -8,6 +8,7 @@ import (
 	"math/rand"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	stdsync "sync"
 	"testing"
@@ -128,7 +129,7 @@ type storeFunc struct {
 	f func(first uint64, buf []byte) error
 }
 
-func (s storeFunc) Blocks() uint64                             { return s.n }
+func (s storeFunc) Blocks() uint64                            { return s.n }
 func (s storeFunc) ReadBlocks(first uint64, buf []byte) error { return s.f(first, buf) }
 
 // TestStoreOperations counts what a snapshot costs the share: always the same.
@@ -502,9 +503,10 @@ func TestStoreLimit(t *testing.T) {
 	go func() { done <- p.wait(ctx, 1000) }()
 	for clock.Waiters() == 0 {
 		select {
-		case <-done:
-			t.Fatal("3000 bytes of 1000 a second did not take 3 s")
+		case err := <-done:
+			t.Fatalf("3000 bytes of 1000 a second did not take 3 s: %v", err)
 		default:
+			runtime.Gosched()
 		}
 	}
 	clock.Advance(2999 * time.Millisecond)
@@ -556,6 +558,8 @@ func TestStoreLimitIsUsed(t *testing.T) {
 		default:
 			if clock.Waiters() > 0 {
 				clock.Advance(time.Second)
+			} else {
+				runtime.Gosched()
 			}
 		}
 	}

@@ -43,8 +43,8 @@ type verifier struct {
 	report   VerifyReport
 	mu       stdsync.Mutex
 	bad      map[string][]badRange // by pack
-	blocks   map[string]uint64       // blocks that whole packs have
-	broken   map[string]bool         // IDs of snapshots that have a problem
+	blocks   map[string]uint64     // blocks that whole packs have
+	broken   map[string]bool       // IDs of snapshots that have a problem
 	done     atomic.Int64
 	total    int64
 	progress Progress
