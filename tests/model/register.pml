@@ -142,6 +142,7 @@ end:	do
 
 proctype Contender(byte p) {
 	byte v, r;
+	bit stray;                   /* the record opened is a stray one */
 #ifdef NO_LISTING
 	v = 1;
 #endif
@@ -150,7 +151,7 @@ Load:	atomic {
 		true;
 		d_step {
 			if :: want[p] != 0 && dir[want[p]] == STRAY + p -> dir[want[p]] = NOBODYS :: else fi;
-			want[p] = 0; made[p] = 0; tmp[p] = 0; r = 0;
+			want[p] = 0; made[p] = 0; tmp[p] = 0; r = 0; stray = 0;
 #ifdef NO_LISTING
 			z = 0
 		}
@@ -158,8 +159,8 @@ Load:	atomic {
 	/* Walk up from the number remembered; list only when that is gone. */
 Walk:	if
 	:: d_step { dir[v + 1] != NONE -> v++ }; goto Walk
-	:: d_step { dir[v + 1] == NONE && dir[v] != NONE -> skip }
-	:: d_step { dir[v + 1] == NONE && dir[v] == NONE -> HIGHEST(v); z = 0 }
+	:: d_step { dir[v + 1] == NONE && dir[v] != NONE -> stray = (dir[v] != TRUE) }
+	:: d_step { dir[v + 1] == NONE && dir[v] == NONE -> HIGHEST(v); stray = (dir[v] != TRUE) }
 	fi;
 #else
 			v = 0;
@@ -176,12 +177,13 @@ Walk:	if
 		:: v > 1 -> v--
 		:: v == 1 -> goto Load
 		od;
-		top[p] = 0
+		top[p] = 0;
+		stray = (dir[v] != TRUE)
 	};
 #endif
-#ifndef NO_LOAD_PRED
-	/* The predecessor is still there, and is the one that the record names. */
 	atomic {
+#if !defined(NO_LOAD_PRED) && !defined(NO_LISTING)
+		/* The predecessor is still there, and is the one that the record names. */
 		if
 #ifdef NO_LOAD_NONCE
 		:: v > 1 && dir[v - 1] == NONE -> goto Load
@@ -189,17 +191,15 @@ Walk:	if
 		:: v > 1 && dir[v - 1] != TRUE -> goto Load
 #endif
 		:: else
+		fi;
+#endif
+		assert(!stray || loaded_record);
+		if
+		:: v >= MAXV -> goto Load
+		:: else
 		fi
 	};
-#endif
-	atomic {
-		assert(dir[v] == TRUE || dir[v] == NONE || loaded_record);
-		if
-		:: v >= MAXV || dir[v] == NONE -> goto Load
-		:: else
-		fi;
-		want[p] = v + 1; tmp[p] = 1
-	};
+	d_step { want[p] = v + 1; tmp[p] = 1 };
 Link:	atomic {
 		if
 		:: d_step { execLink(tmp[p], want[p], made[p], STRAY + p, p, r) }
