@@ -59,8 +59,11 @@ test: image build
 	@LINT=auto scripts/lint.sh $(GOLANGCI)
 	go vet ./...
 	@$(MAKE) --no-print-directory model
-	go test -race -timeout $(TESTTIMEOUT) $(ARGS) $(UNIT)
+	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory integration
+
+unit: image
+	go test -race -timeout $(TESTTIMEOUT) $(ARGS) $(UNIT)
 
 # -p 1: the packages share one engine, one kernel firewall and two processors.
 integration: image build
