@@ -630,6 +630,15 @@ func TestResume(t *testing.T) {
 		{"deadline passed", func(_ *testing.T, n *node) { n.clock.Advance(ttl - margin) }, lease.ErrNotYet},
 		{"other boot", func(_ *testing.T, n *node) { n.cfg.BootID = "another" }, lease.ErrNotYet},
 		{"other name", func(_ *testing.T, n *node) { n.cfg.Self.Instance = "z" }, lease.ErrNotYet},
+		{"released, but the run file is still there", func(t *testing.T, n *node) {
+			b, err := os.ReadFile(n.cfg.RunFile)
+			must(t, err)
+			must(t, n.Release(testContext(t), "a"))
+			must(t, os.WriteFile(n.cfg.RunFile, b, 0o600))
+		}, lease.ErrNotYet},
+		{"other term", func(t *testing.T, n *node) { changeRunFile(t, n, `"term":1`, `"term":2`) }, lease.ErrNotYet},
+		{"other incarnation", func(t *testing.T, n *node) { changeRunFile(t, n, n.Incarnation(), "x") }, lease.ErrNotYet},
+		{"other cluster", func(t *testing.T, n *node) { changeRunFile(t, n, `"cluster_id":"`, `"cluster_id":"x`) }, lease.ErrNotYet},
 		{"no run file", func(t *testing.T, n *node) { must(t, os.Remove(n.cfg.RunFile)) }, lease.ErrNotYet},
 		{"run file damaged", func(t *testing.T, n *node) { must(t, os.WriteFile(n.cfg.RunFile, []byte("{"), 0o600)) }, lease.ErrNotYet},
 	} {
@@ -658,6 +667,17 @@ func TestResume(t *testing.T) {
 			must(t, n.Resume(testContext(t)))
 		})
 	}
+}
+
+func changeRunFile(t *testing.T, n *node, from, to string) {
+	t.Helper()
+	b, err := os.ReadFile(n.cfg.RunFile)
+	must(t, err)
+	changed := strings.Replace(string(b), from, to, 1)
+	if changed == string(b) {
+		t.Fatalf("no %s in %s", from, b)
+	}
+	must(t, os.WriteFile(n.cfg.RunFile, []byte(changed), 0o600))
 }
 
 func TestResumeOfEndedTerm(t *testing.T) {
@@ -1118,6 +1138,22 @@ func TestHungRenewalDoesNotHideExpiry(t *testing.T) {
 	}
 	if v := a.View(); v.Holding || !v.Expired {
 		t.Errorf("after the deadline: %+v", v)
+	}
+}
+
+// Every operation has its own time-out, whatever its caller allows.
+func TestOperationsTimeOut(t *testing.T) {
+	for _, what := range []string{"swap", "load"} {
+		a := newNode(t, newShare(t, quickFS{}), "a", func(c *lease.Config) { c.OpTimeout = 50 * time.Millisecond })
+		if what == "swap" {
+			a.hold(t)
+		}
+		a.share.HangAll()
+		ctx := testContext(t)
+		want(t, a.Step(ctx), context.DeadlineExceeded)
+		if ctx.Err() != nil {
+			t.Errorf("a hung %s lasted as long as its caller", what)
+		}
 	}
 }
 
