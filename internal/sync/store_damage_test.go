@@ -162,7 +162,7 @@ func TestStoreDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 		// A few places of each part; TestStoreEveryByte does the rest.
-		by := max(1, st.Size()/12)
+		by := max(1, st.Size()/8)
 		for at := int64(0); at < st.Size(); at += by {
 			bad.at, bad.cut, bad.bit = at, false, 1<<(at%8)
 			check(name, "flipped")

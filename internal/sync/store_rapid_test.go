@@ -16,7 +16,7 @@ import (
 // never committed, takeovers, condemnations, commits that were under way during one, sweeps
 // and rollbacks. Whatever is listed must be whole and be what it was.
 func TestStoreHistories(t *testing.T) {
-	storeChecks(t, 20)
+	storeChecks(t, 12)
 	shm := storeMemDir(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		dir, err := os.MkdirTemp(shm, "")

@@ -327,7 +327,7 @@ func TestStoreWriteErrorsCount(t *testing.T) {
 			} else {
 				hooked.Before = func(op fsx.Op, path string) error { return fail(op, path, nil) }
 			}
-			dir := t.TempDir()
+			dir := storeMemDir(t)
 			h := newStoreHistory(t, newTestStore(t, hooked, dir), 4)
 			h.step(t, 30, time.Minute)
 			h.model.mutate(h.r, 30)
