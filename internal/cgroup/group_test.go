@@ -125,6 +125,7 @@ func TestKill(t *testing.T) {
 		{"frozen", []string{"family", "2"}, true},
 		{"forks faster than it dies", []string{"churn"}, false},
 		{"forks and frozen", []string{"churn"}, true},
+		{"is another process at every look", []string{"hop"}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			kinds(t, func(t *testing.T, g cgroup.Group) {

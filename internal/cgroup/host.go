@@ -125,10 +125,10 @@ func (h Host) Of(pid int) (Group, error) {
 	dirs := map[int]string{}
 	for _, m := range ms {
 		p := paths[m.version]
-		if _, done := dirs[m.version]; done || p == "" || p == "/" {
+		if _, done := dirs[m.version]; done || p == "" {
 			continue
 		}
-		if d, ok := m.dir(p); ok && d != m.point && isDir(d) {
+		if d, ok := m.dir(p); ok && d != m.point && isDir(d) { // never the whole hierarchy
 			dirs[m.version] = d
 		}
 	}

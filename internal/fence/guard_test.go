@@ -303,7 +303,9 @@ func TestGuardFindsWhatStartsLate(t *testing.T) {
 	r.dies(g1)
 	g2 := cgrouptest.New(t, 2, id)
 	cgrouptest.Start(t, g2, probe, "stubborn")
-	dockertest.Until(t, soon, "the late one is killed", func() bool { r.clock.Advance(sweepEvery); return !alive(t, g2) })
+	dockertest.Until(t, soon, "the first kill is over", func() bool { return r.status().Killed })
+	r.advance(sweepEvery)
+	r.dies(g2)
 }
 
 func TestGuardRestart(t *testing.T) {
@@ -376,6 +378,25 @@ func TestGuardRestart(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Guard and agent died in the middle of a freeze: nobody else would end it.
+func TestNewGuardThaws(t *testing.T) {
+	probe := dockertest.Binary(t)
+	r := newRig(t, nil)
+	id, g := database(t, 1, probe)
+	if err := r.Arm(t.Context(), ArmRequest{Term: 1, Container: id, Group: g, Deadline: r.in(time.Minute)}); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	if err := g.Freeze(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	if frozen, err := g.Frozen(); err != nil || frozen {
+		t.Fatalf("frozen: %v, %v", frozen, err)
+	}
+	r.lives(g)
 }
 
 // A new guard must act on an old deadline before it does anything that could fail or hang.

@@ -45,6 +45,8 @@ func run(args []string) int {
 		return family(arg)
 	case "churn": // fork and die without end
 		return churn()
+	case "hop": // never the same process for longer than a fork takes
+		return hop()
 	case "churn-child": // becomes the next parent half of the time, so that no process is the root
 		if os.Getpid()%2 == 0 {
 			c := exec.Command("/proc/self/exe", "churn-child")
@@ -161,6 +163,17 @@ func churn() int {
 		c := exec.Command("/proc/self/exe", "churn-child")
 		if c.Start() == nil {
 			_ = c.Process.Release()
+		}
+	}
+}
+
+// hop forks and lets the child go on, by nothing but raw system calls, which is all that the
+// child of a program with threads may do.
+func hop() int {
+	for {
+		pid, _, _ := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
+		if pid > 0 {
+			_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
 		}
 	}
 }
