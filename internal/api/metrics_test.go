@@ -1,5 +1,3 @@
-//go:build modules
-
 package api
 
 import (
