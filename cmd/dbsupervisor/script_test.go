@@ -1,5 +1,3 @@
-// The tag is there until go.mod requires the modules that testscript imports.
-
 package main
 
 import (
