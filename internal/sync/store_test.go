@@ -393,7 +393,6 @@ func TestStoreRefusesBadDeltas(t *testing.T) {
 		"beyond the end":  {Inodes: map[FileID]*InodeDelta{f: {Meta: reg(3 * BlockSize), Changed: []SpoolExtent{data(3, 1, 0)}}}},
 		"empty extent":    {Inodes: map[FileID]*InodeDelta{f: {Meta: reg(3 * BlockSize), Changed: []SpoolExtent{data(0, 0, 0)}}}},
 		"not captured":    {Inodes: map[FileID]*InodeDelta{f: {Meta: reg(3 * BlockSize), Changed: []SpoolExtent{data(0, 2, 1)}}}},
-		"cut block":       {Inodes: map[FileID]*InodeDelta{f: {Meta: reg(BlockSize + 100)}}},
 		"nameless inode":  {Inodes: map[FileID]*InodeDelta{2: {Meta: reg(0)}}, NextID: 3},
 		"name to nothing": {Names: map[string]FileID{"g": 7}},
 		"no directory":    {Names: map[string]FileID{"d/g": f}},

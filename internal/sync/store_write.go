@@ -31,7 +31,7 @@ func (s *Store) Write(ctx context.Context, r WriteRequest) (*Tree, WriteStats, e
 	if err != nil {
 		return nil, stats, err
 	}
-	ship, change, err := s.plan(r.Base, r.Delta, r.Blocks)
+	ship, change, err := s.plan(r.Delta, r.Blocks)
 	if err != nil {
 		return nil, stats, fmt.Errorf("write snapshot: %w: %w", ErrBadDelta, err)
 	}
@@ -129,7 +129,7 @@ func (s *Store) newName(term, seq uint64, parent SnapshotRef) (objectName, error
 
 // plan lays out the captured blocks in packs and turns the delta into a change of the tree
 // whose packs are not known yet (PackRefs without content).
-func (s *Store) plan(base *Tree, d *Delta, src BlockSource) (*shipment, *treeChange, error) {
+func (s *Store) plan(d *Delta, src BlockSource) (*shipment, *treeChange, error) {
 	ship := &shipment{}
 	c := &treeChange{inodes: make(map[FileID]*inodeChange, len(d.Inodes)), names: d.Names, nextID: d.NextID,
 		removed: slices.Sorted(slices.Values(d.Removed)), unnamed: slices.Sorted(slices.Values(d.Unnamed))}
@@ -143,11 +143,6 @@ func (s *Store) plan(base *Tree, d *Delta, src BlockSource) (*shipment, *treeCha
 		ch.meta.Extents = nil
 		if err := checkSpoolExtents(in, captured); err != nil {
 			return nil, nil, fmt.Errorf("inode %d: %w", id, err)
-		}
-		if base != nil {
-			if err := checkShrink(base.Inodes[id], in); err != nil {
-				return nil, nil, fmt.Errorf("inode %d: %w", id, err)
-			}
 		}
 		for _, e := range in.Changed {
 			if e.Kind != ExtentData {
@@ -187,24 +182,6 @@ func checkSpoolExtents(in *InodeDelta, captured uint64) error {
 			return fmt.Errorf("changed blocks at %d were not captured", e.Start)
 		}
 		end = e.Start + e.Count
-	}
-	return nil
-}
-
-// checkShrink makes sure that a block which a shorter size cuts is captured again: what the
-// old block has beyond the new end would come back if the file grew later.
-func checkShrink(old *Inode, in *InodeDelta) error {
-	if old == nil || in.Meta.Size >= old.Size || in.Meta.Size%BlockSize == 0 {
-		return nil
-	}
-	last := blocksOf(in.Meta.Size) - 1
-	if n := len(in.Changed); n > 0 && in.Changed[n-1].Start+in.Changed[n-1].Count > last {
-		return nil
-	}
-	for _, e := range old.Extents {
-		if e.Kind == ExtentData && e.Start <= last && last < e.Start+e.Count {
-			return fmt.Errorf("block %d is cut by the new size but was not captured again", last)
-		}
 	}
 	return nil
 }

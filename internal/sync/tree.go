@@ -131,7 +131,8 @@ type Delta struct {
 
 // InodeDelta is the new state of one inode. Meta.Extents is nil. Blocks of a regular file
 // that no entry of Changed covers are as in the base tree (as far as Meta.Size reaches);
-// for a new inode Changed covers everything.
+// for a new inode Changed covers everything. A block that a shorter size cuts must be covered
+// unless it lost nothing but zeros: blocks are compared as padded.
 type InodeDelta struct {
 	Meta    Inode
 	Changed []SpoolExtent // sorted by Start, without overlap
