@@ -2,6 +2,7 @@ package lease
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-
-	"encoding/json"
 
 	"golang.org/x/sys/unix"
 
@@ -352,7 +351,7 @@ func (r *FileRegister) stableInodes() string {
 	if err := unix.Statfs(r.share, &st); err != nil {
 		return ""
 	}
-	switch int64(st.Type) {
+	switch st.Type {
 	case unix.NFS_SUPER_MAGIC:
 		return "nfs"
 	case unix.EXT4_SUPER_MAGIC:

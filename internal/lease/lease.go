@@ -59,7 +59,8 @@ type Config struct {
 
 	// Extend, if set, is called with the new deadline after each swap that proves validity
 	// and before it is reported, never twice at once. On error the fence did not take it,
-	// the old deadline stays and View.FenceErr says why. It must honour ctx.
+	// the old deadline stays and View.FenceErr says why. It must honour ctx, and of the
+	// Lease's methods it may call only View and Relinquish.
 	Extend func(ctx context.Context, term uint64, deadline boottime.Instant) error
 }
 
