@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -157,6 +158,21 @@ func TestVolumeDetector(t *testing.T) {
 	k.CTime = now - int64(500*time.Millisecond)
 	if synced != 1 || rd.settled(k) || !rd.settled(key) {
 		t.Errorf("frozen round: %d syncs, young settled %v, old settled %v", synced, rd.settled(k), rd.settled(key))
+	}
+	// A file that is mapped is suspected whatever its stat says, and never settled.
+	d.pids = func() []int { return []int{os.Getpid()} }
+	p := filepath.Join(t.TempDir(), "f")
+	volWrite(t, p, 0, volData(1, BlockSize))
+	m := volMap(t, p)
+	defer func() { volOK(t, unix.Munmap(m)) }()
+	var st unix.Stat_t
+	volOK(t, unix.Stat(p, &st))
+	rd, err = d.begin(context.Background(), true)
+	volOK(t, err)
+	mapped := key
+	mapped.Ino = st.Ino
+	if rd.suspect(mapped, mapped, true) == nil || rd.settled(mapped) {
+		t.Error("a mapped file is believed")
 	}
 	// Somebody set the clock: nothing read now can be trusted.
 	d.offset += time.Hour
@@ -320,7 +336,11 @@ func TestVolumeFreezeTooLong(t *testing.T) {
 	fr.onThaw = func() { close(thawed) }
 	hook.set(func(op fsx.Op, path string) error {
 		if fr.isFrozen() && volPoint("capture-read", op, path) {
-			<-thawed // a disk that doesn't answer
+			select { // a disk that doesn't answer
+			case <-thawed:
+			case <-time.After(5 * time.Second):
+				t.Error("the database was not thawed at the end of the budget")
+			}
 		}
 		return nil
 	})
@@ -474,6 +494,50 @@ func TestVolumeSettling(t *testing.T) {
 	v.Abandon(c) // ignored
 	if got := v.State(); got.Base != tree.Ref {
 		t.Fatalf("base is %+v", got.Base)
+	}
+}
+
+// TestVolumeSpoolSlots: a block that was spooled, went back to what it was, and is then
+// shipped because the file is cut in it, is not shipped with what it was in between.
+func TestVolumeSpoolSlots(t *testing.T) {
+	rig := newVolRig(t)
+	v := rig.live(nil)
+	p := filepath.Join(v.Path(), "f")
+	was := append(volData(1, BlockSize+800), make([]byte, 3000)...)
+	abandoned := func() {
+		t.Helper()
+		c, err := v.Capture(context.Background(), CaptureRequest{NoFreeze: true})
+		volOK(t, err)
+		v.Abandon(c)
+	}
+	volWrite(t, p, 0, was)
+	rig.snapshot(v, CaptureRequest{NoFreeze: true})
+	volWrite(t, p, 0, volData(2, len(was)))
+	abandoned()
+	volWrite(t, p, 0, was)
+	abandoned()
+	volOK(t, os.Truncate(p, BlockSize+1000))
+	_, ref := rig.snapshot(v, CaptureRequest{NoFreeze: true})
+	volSame(t, "cut", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
+// TestVolumeHalfRead: a file of which a read was begun and not finished is not believed.
+func TestVolumeHalfRead(t *testing.T) {
+	rig := newVolRig(t)
+	v := rig.live(nil)
+	p := filepath.Join(v.Path(), "f")
+	volWrite(t, p, 0, volData(1, BlockSize))
+	c, err := v.Capture(context.Background(), CaptureRequest{NoFreeze: true})
+	volOK(t, err)
+	v.Abandon(c)
+	n := c.found.names["f"]
+	v.pend.work[n.id].settled = false
+	if v.pend.consider(n, &statRound{before: math.MaxInt64}) == nil {
+		t.Fatal("an unsettled file is not read")
+	}
+	// ... and the reader dies.
+	if _, _, err := v.pend.delta(c.found); !errors.Is(err, ErrFreezeBroken) {
+		t.Fatalf("believed: %v", err)
 	}
 }
 
