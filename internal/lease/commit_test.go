@@ -191,3 +191,40 @@ func TestHungCommitStaysOffered(t *testing.T) {
 		t.Errorf("the hung commit took effect after it was settled: %+v", v.Record)
 	}
 }
+
+// An unchanged version settles nothing: the same number is offered again, and neither attempt
+// is taken for lost before a higher version is seen.
+func TestAcquireOffersAgain(t *testing.T) {
+	a := newNode(t, newShare(t, quickFS{}), "a")
+	a.refresh(t)
+	fails := 2
+	a.share.set(func(op fsx.Op, _ string) error {
+		if op == fsx.OpLink && fails > 0 {
+			fails--
+			return syscall.EIO // without effect
+		}
+		return nil
+	}, nil)
+	sent := a.clock.Now()
+	must(t, a.Acquire(testContext(t), nil))
+	if v := a.View(); !v.Holding || v.Unknown || v.Record.Version != 2 || v.Deadline != sent.Add(ttl-margin) {
+		t.Errorf("acquired: %+v", v)
+	}
+	// If it can't be settled, it is unknown, never a conflict.
+	b := newNode(t, newShare(t, quickFS{}), "b")
+	b.refresh(t)
+	b.share.set(func(op fsx.Op, _ string) error {
+		if op == fsx.OpLink {
+			return syscall.EIO
+		}
+		return nil
+	}, nil)
+	err := b.Acquire(testContext(t), nil)
+	want(t, err, lease.ErrUnknown)
+	if errors.Is(err, lease.ErrConflict) {
+		t.Errorf("both unknown and a conflict: %v", err)
+	}
+	if v := b.View(); v.Holding || !v.Unknown {
+		t.Errorf("unknown: %+v", v)
+	}
+}

@@ -138,6 +138,9 @@ func TestRelinquishDuringSwap(t *testing.T) {
 				want(t, a.Acquire(testContext(t), nil), lease.ErrNotHeld)
 			}
 			a.share.set(nil, nil)
+			if told := len(a.fence); told != map[string]int{"renew": 1, "acquire": 0}[op] {
+				t.Errorf("the fence was told %v", a.fence)
+			}
 			if v := a.step(t); v.Holding {
 				t.Errorf("holding after relinquishing: %+v", v)
 			}

@@ -133,7 +133,10 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 		}
 		cur = newest
 	}
-	return lost(ErrConflict)
+	if unknown != nil {
+		return *unknown, cause
+	}
+	return attempt{}, ErrConflict
 }
 
 // extend makes a successful swap count: it asks the fence first and then moves the deadline.
