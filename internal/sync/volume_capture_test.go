@@ -662,17 +662,20 @@ func TestVolumeRestart(t *testing.T) {
 	v := rig.live(nil)
 	p := filepath.Join(v.Path(), "f")
 	volWrite(t, p, 0, volData(1, 50*BlockSize))
-	// Until what was young is settled.
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		c, _ := rig.snapshot(v, CaptureRequest{NoFreeze: true})
-		if c.Stats.FrozenFiles == 0 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("never settled")
+	settle := func() { // what was young
+		t.Helper()
+		deadline := time.Now().Add(10 * time.Second)
+		for {
+			c, _ := rig.snapshot(v, CaptureRequest{NoFreeze: true})
+			if c.Stats.FrozenFiles == 0 {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("never settled")
+			}
 		}
 	}
+	settle()
 	boot := "boot-1"
 	again := func() *Capture {
 		t.Helper()
@@ -693,6 +696,7 @@ func TestVolumeRestart(t *testing.T) {
 	if c := again(); c.Blocks.Blocks() != 1 || c.Stats.FrozenFiles != 1 {
 		t.Fatalf("a change before the restart: %+v", c.Stats)
 	}
+	settle()
 	// A crash of the machine lost what was only in the page cache, and no stat shows it.
 	boot = "boot-2"
 	if c := again(); c.Stats.FrozenFiles != 1 || !c.Unchanged() {
@@ -704,6 +708,7 @@ func TestVolumeRestart(t *testing.T) {
 		"empty":   func([]byte) []byte { return nil },
 		"longer":  func(b []byte) []byte { return append(b, 0) },
 	} {
+		settle()
 		b, err := os.ReadFile(v.indexPath())
 		volOK(t, err)
 		volOK(t, os.WriteFile(v.indexPath(), harm(b), 0o600))
