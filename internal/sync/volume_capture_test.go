@@ -718,6 +718,28 @@ func TestVolumeRestart(t *testing.T) {
 	}
 }
 
+// TestVolumeIndexOfAnotherSnapshot: when the agent died between a commit and Adopt, the
+// index describes the snapshot before and must not be believed for the new head.
+func TestVolumeIndexOfAnotherSnapshot(t *testing.T) {
+	ctx := context.Background()
+	rig := newVolRig(t)
+	v := rig.live(nil)
+	p := filepath.Join(v.Path(), "f")
+	was := volData(1, 3*BlockSize)
+	volWrite(t, p, 0, was)
+	rig.snapshot(v, CaptureRequest{NoFreeze: true})
+	volWrite(t, p, BlockSize, volData(2, BlockSize))
+	c, err := v.Capture(ctx, CaptureRequest{NoFreeze: true})
+	volOK(t, err)
+	rig.head = rig.write(c) // committed
+	volWrite(t, p, 0, was)  // as it was in the snapshot before
+	volOK(t, v.Close())
+	v = rig.open(v.cfg.Dir, nil)
+	volOK(t, v.Baseline(ctx, rig.store, rig.ref()))
+	_, ref := rig.snapshot(v, CaptureRequest{NoFreeze: true})
+	volSame(t, "after the commit", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
 // TestVolumeIndexLog: the log is compacted and says the same as memory.
 func TestVolumeIndexLog(t *testing.T) {
 	rig := newVolRig(t)
