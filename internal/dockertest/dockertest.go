@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -59,14 +58,20 @@ func Binary(t testing.TB) string {
 	if err := os.MkdirAll(cache, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	tmp := out + "." + strconv.Itoa(os.Getpid()) // other packages' tests may build it, too
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", tmp, ".")
+	// Under a name of its own first: other tests may be building it at this moment.
+	tmp, err := os.MkdirTemp(cache, "build-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(tmp) }()
+	built := filepath.Join(tmp, "probe")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", built, ".")
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if b, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build probe: %v\n%s", err, b)
 	}
-	if err := os.Rename(tmp, out); err != nil {
+	if err := os.Rename(built, out); err != nil {
 		t.Fatal(err)
 	}
 	return out

@@ -225,12 +225,12 @@ func (g *Gate) elements(ms int64) string {
 //
 // The chains run after connection tracking and before NAT, where a published port still has
 // the number that the client used.
-//   - Resets always pass: they carry no data, and they are what this gate answers with.
+//   - Resets pass as they are: no data comes with them, and they are what this gate answers with.
 //   - Packets of a client arrive in prerouting (from outside, from containers, and from this
 //     machine over loopback), or leave this machine in output before NAT turns them away from it.
 //   - Packets of the server: a local process (also Docker's proxy) sends in output from the
-//     port itself; a container's answers come through prerouting and forward from the
-//     container's own port, and connection tracking knows which port the client asked for.
+//     port itself; a container's answers come through prerouting from the container's own port,
+//     and connection tracking knows which port the client asked for.
 //
 // A client's packet is answered with a reset. A server's packet is turned into one: a client
 // that waits for an answer without sending anything would otherwise wait for ever, as nothing
@@ -260,7 +260,6 @@ func (g *Gate) ruleset() (string, error) {
 		rules []string
 	}{
 		{"prerouting", []string{toUs, answers}},
-		{"forward", []string{answers}},
 		{"output", []string{toUs, fromUs}},
 	} {
 		line("add chain inet %s %s { type filter hook %[2]s priority -150; policy accept; }", t, c.hook)

@@ -96,21 +96,36 @@ func dialer(addr string) func() (net.Conn, error) {
 // with the host's network.
 func hostServer(t testing.TB) int {
 	t.Helper()
+	port, _ := hostServerLog(t)
+	return port
+}
+
+// hostServerLog also returns what the server says.
+func hostServerLog(t testing.TB) (port int, log func() string) {
+	t.Helper()
 	cmd := exec.Command(dockertest.Binary(t), "serve", "")
-	port := dockertest.FreePort(t)
+	port = dockertest.FreePort(t)
 	cmd.Args[2] = ":" + strconv.Itoa(port)
-	out, err := cmd.StdoutPipe()
+	file := filepath.Join(t.TempDir(), "log")
+	out, err := os.Create(file)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer out.Close()
+	cmd.Stdout = out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	if l, err := bufio.NewReader(out).ReadString('\n'); err != nil || l != "listening\n" {
-		t.Fatalf("server: %q, %v", l, err)
+	log = func() string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(b)
 	}
-	return port
+	dockertest.Until(t, soon, "the server listens", func() bool { return log() == "listening\n" })
+	return port, log
 }
 
 // containerServer is the same behind a port that Docker publishes.
@@ -283,6 +298,67 @@ func TestGateCutsEstablishedConnections(t *testing.T) {
 			}
 			refused("after the timer's end")
 		})
+	}
+}
+
+// The point of it all: nothing that a client sends over an established connection after the
+// end reaches the server, whichever way it comes.
+func TestNothingArrivesAfterTheEnd(t *testing.T) {
+	t.Parallel()
+	id, containerPort := containerServer(t)
+	hostPort, hostLog := hostServerLog(t)
+	for i, s := range []struct {
+		name string
+		port int
+		log  func() string
+	}{
+		{"container", containerPort, func() string { return dockertest.Docker(t, "logs", id) }},
+		{"host", hostPort, hostLog},
+	} {
+		g := testGate(t, s.port)
+		if err := g.Install(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for j, r := range routes(t, s.port, 40+i) {
+			t.Run(s.name+", "+r.name, func(t *testing.T) {
+				if err := g.OpenFor(t.Context(), time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				conn, err := r.dial()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				c := newClient(conn)
+				word := func(w string) string { return fmt.Sprintf("%s-%d", w, j) }
+				if err := c.say(word("early"), soon); err != nil {
+					t.Fatal(err)
+				}
+				if err := g.Close(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if err := c.say(word("late"), soon); !isReset(err) {
+					t.Errorf("%v, want a reset", err)
+				}
+				// A later connection's words are in the log after all that came before.
+				if err := g.OpenFor(t.Context(), time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				again, err := r.dial()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer again.Close()
+				if err := newClient(again).say(word("marker"), soon); err != nil {
+					t.Fatal(err)
+				}
+				dockertest.Until(t, soon, "the log is there", func() bool { return strings.Contains(s.log(), "got "+word("marker")) })
+				log := s.log()
+				if !strings.Contains(log, "got "+word("early")) || strings.Contains(log, "got "+word("late")) {
+					t.Fatalf("the server got what it should not, or nothing:\n%s", log)
+				}
+			})
+		}
 	}
 }
 

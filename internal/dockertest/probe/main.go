@@ -126,6 +126,7 @@ func serve(addr string) int {
 			defer c.Close()
 			in := bufio.NewScanner(c)
 			for in.Scan() {
+				fmt.Println("got", in.Text())
 				if d, ok := strings.CutPrefix(in.Text(), "sleep "); ok {
 					wait, _ := time.ParseDuration(d)
 					time.Sleep(wait)
