@@ -431,7 +431,7 @@ func (i *Instance) WaitWarm(ctx context.Context) error {
 	err := Until(ctx, func() bool {
 		st, err := i.Status(ctx)
 		last = st
-		return err == nil && st.Role == api.RoleStandby && st.Head != nil && st.Local.Base == st.Head.ID
+		return err == nil && st.Role == api.RoleStandby && st.Head != nil && st.Local.Base == st.Head.ID && st.Local.Phase == "clean"
 	})
 	if err != nil {
 		return fmt.Errorf("%s is not warm (role %s, base %s): %w", i.Name, last.Role, last.Local.Base, err)
