@@ -40,6 +40,10 @@ func volTwo(t *testing.T) (rig *volRig, one, two SnapshotRef, descs map[string]m
 	volWrite(t, p("linked1"), 0, volData(11, BlockSize))
 	volOK(t, os.Link(p("linked1"), p("base/linked2")))
 	volOK(t, os.Symlink("a", p("base/link")))
+	volWrite(t, p("tail"), 0, volData(12, 2*BlockSize+100))
+	volWrite(t, p("suid"), 0, volData(13, 10))
+	volOK(t, unix.Chmod(p("suid"), 0o4755))
+	volOK(t, unix.Setxattr(p("suid"), "user.gone", []byte("x"), 0))
 	_, one = rig.snapshot(v, CaptureRequest{NoFreeze: true})
 	descs = map[string]map[string]volDesc{one.ID: volDescribe(t, v.Path())}
 
@@ -63,6 +67,13 @@ func volTwo(t *testing.T) (rig *volRig, one, two SnapshotRef, descs map[string]m
 	volOK(t, os.Remove(p("base/link")))
 	volOK(t, os.Symlink("b", p("base/link")))
 	volOK(t, os.Chmod(p("empty"), 0o711))
+	volOK(t, os.Truncate(p("tail"), BlockSize)) // from here on a hole
+	volOK(t, os.Truncate(p("tail"), 2*BlockSize+100))
+	if os.Geteuid() == 0 {
+		volOK(t, os.Chown(p("suid"), 1000, 1000)) // clears the bit
+	}
+	volOK(t, unix.Chmod(p("suid"), 0o4755))
+	volOK(t, unix.Removexattr(p("suid"), "user.gone"))
 	volOK(t, unix.Setxattr(p("base/a"), "user.x", []byte("y"), 0))
 	_, two = rig.snapshot(v, CaptureRequest{NoFreeze: true})
 	descs[two.ID] = volDescribe(t, v.Path())
@@ -381,8 +392,9 @@ func TestVolumeForks(t *testing.T) {
 	st, err := v.Hydrate(ctx, rig.store, two, nil)
 	volOK(t, err)
 	volSame(t, "beside the fork", descs[two.ID], volDescribe(t, v.Path()))
-	// In common under the same name: base/a 8 (2 changed), base/b 1, sparse 1, linked2 1.
-	if st.ReusedBytes != 11*BlockSize || st.ReusedBytes+st.FetchedBytes != dataBytes(rig.head) {
+	// In common under the same name: base/a 8 (2 changed), base/b 1, sparse 1, linked2 1,
+	// tail 1, suid 1.
+	if st.ReusedBytes != 13*BlockSize || st.ReusedBytes+st.FetchedBytes != dataBytes(rig.head) {
 		t.Fatalf("%+v of %d bytes", st, dataBytes(rig.head))
 	}
 	volSame(t, "fork afterwards", beyond, volDescribe(t, f.Path))
