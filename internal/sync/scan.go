@@ -229,6 +229,9 @@ func readXAttrs(p string) (map[string][]byte, error) {
 	}
 	out := map[string][]byte{}
 	for _, name := range strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
+		if strings.HasPrefix(name, "trusted.SGI_ACL_") {
+			continue // how XFS shows an access control list a second time
+		}
 		val, err := getXAttr(p, name)
 		if errors.Is(err, unix.ENODATA) {
 			continue // removed just now

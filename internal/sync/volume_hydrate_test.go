@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -633,6 +634,37 @@ func TestVolumeImport(t *testing.T) {
 	if _, err := w.Import(ctx, filepath.Dir(w.cfg.Dir), nil); err == nil {
 		t.Fatal("a directory was imported into itself")
 	}
+}
+
+// TestVolumeImportClones: where the file system can, files are cloned. XFS can.
+func TestVolumeImportClones(t *testing.T) {
+	ctx := context.Background()
+	img, mnt := filepath.Join(t.TempDir(), "xfs"), t.TempDir()
+	volOK(t, os.WriteFile(img, nil, 0o600))
+	volOK(t, os.Truncate(img, 320<<20))
+	for _, cmd := range [][]string{{"mkfs.xfs", "-q", img}, {"mount", "-o", "loop", img, mnt}} {
+		if out, err := exec.CommandContext(ctx, cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("no XFS here: %s: %v: %s", cmd[0], err, out)
+		}
+	}
+	t.Cleanup(func() { volOK(t, unix.Unmount(mnt, unix.MNT_DETACH)) })
+	src := filepath.Join(mnt, "src")
+	volOK(t, os.Mkdir(src, 0o700))
+	volWrite(t, filepath.Join(src, "f"), 0, volData(1, 50*BlockSize+1))
+	volWrite(t, filepath.Join(src, "sparse"), 90*BlockSize, []byte("x"))
+	rig := newVolRig(t)
+	v := rig.open(filepath.Join(mnt, "v"), nil)
+	st, err := v.Import(ctx, src, nil)
+	volOK(t, err)
+	if st.Cloned != 2 {
+		t.Fatalf("%+v", st)
+	}
+	volSame(t, "cloned", volDescribe(t, src), volDescribe(t, v.Path()))
+	// A clone is a copy: writing one leaves the other alone.
+	want := volDescribe(t, src)
+	volWrite(t, filepath.Join(v.Path(), "f"), 0, []byte("written"))
+	volSame(t, "source", want, volDescribe(t, src))
+	volOK(t, v.Close())
 }
 
 // TestVolumeRestoreRefuses: a directory with something in it is left alone.
