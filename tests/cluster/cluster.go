@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -41,7 +42,8 @@ type Options struct {
 	Extra    string        // more YAML, at the top level
 	// Database is more YAML for the database section, indented by two.
 	Database string
-	// DockerHost is the engine that agents use ("unix:///..."); "" is the machine's own.
+	// DockerHost is the engine that instances are given by Add ("unix:///..."); "" is the
+	// machine's own.
 	DockerHost string
 }
 
@@ -64,6 +66,8 @@ type Instance struct {
 	Config string
 	Port   int // the stable write port
 	HTTP   int
+	// DockerHost is the engine of this instance, Options.DockerHost at first.
+	DockerHost string
 
 	mu    sync.Mutex
 	agent *process
@@ -114,7 +118,7 @@ func (c *Cluster) Add(share string) (*Instance, error) {
 	if share == "" {
 		share = c.Share
 	}
-	i := &Instance{c: c, Name: fmt.Sprintf("%s-%c", c.Name, 'a'+len(c.Instances)), Share: share}
+	i := &Instance{c: c, Name: fmt.Sprintf("%s-%c", c.Name, 'a'+len(c.Instances)), Share: share, DockerHost: c.DockerHost}
 	i.Dir = filepath.Join(c.Root, i.Name)
 	i.RunDir = filepath.Join(c.Root, i.Name+".run")
 	i.Config = filepath.Join(c.Root, i.Name+".yaml")
@@ -228,9 +232,7 @@ func (i *Instance) spawn(command string) (*process, error) {
 	defer log.Close()
 	cmd := exec.Command(i.c.Binary, command, "--config", i.Config)
 	cmd.Stdout, cmd.Stderr = log, log
-	if i.c.DockerHost != "" {
-		cmd.Env = append(os.Environ(), "DOCKER_HOST="+i.c.DockerHost)
-	}
+	cmd.Env = withEngine(i.DockerHost)
 	// Its own process group: a signal to the test is not a signal to the instance.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
@@ -289,7 +291,7 @@ func (i *Instance) WaitAgent(ctx context.Context) error {
 
 // Container returns the full ID of the instance's running container, "" without one.
 func (i *Instance) Container(ctx context.Context) (string, error) {
-	out, err := i.c.docker(ctx, "ps", "-q", "--no-trunc",
+	out, err := docker(ctx, i.DockerHost, "ps", "-q", "--no-trunc",
 		"--filter", "label=dbsupervisor.cluster="+i.c.Name, "--filter", "label=dbsupervisor.instance="+i.Name).Output()
 	if err != nil {
 		return "", fmt.Errorf("docker ps: %w", err)
@@ -303,7 +305,7 @@ func (i *Instance) Crash(ctx context.Context) error {
 	_ = i.SignalAgent(syscall.SIGKILL)
 	_ = i.SignalGuard(syscall.SIGKILL)
 	if id != "" {
-		if kerr := i.c.docker(ctx, "kill", id).Run(); err == nil {
+		if kerr := docker(ctx, i.DockerHost, "kill", id).Run(); err == nil {
 			err = kerr
 		}
 	}
@@ -335,6 +337,7 @@ func (i *Instance) Stop(ctx context.Context) error {
 // CLI runs a command of the program against this instance.
 func (i *Instance) CLI(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, i.c.Binary, append(args, "--config", i.Config)...)
+	cmd.Env = withEngine(i.DockerHost)
 	var out, errb bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errb
 	err := cmd.Run()
@@ -348,6 +351,7 @@ func (i *Instance) CLI(ctx context.Context, args ...string) (string, error) {
 func (i *Instance) Status(ctx context.Context) (api.Status, error) {
 	var st api.Status
 	cmd := exec.CommandContext(ctx, i.c.Binary, "status", "--json", "--config", i.Config)
+	cmd.Env = withEngine(i.DockerHost)
 	out, err := cmd.Output()
 	var ee *exec.ExitError
 	if err != nil && !errors.As(err, &ee) {
@@ -467,13 +471,19 @@ func (c *Cluster) Close() error {
 	return c.sweep()
 }
 
-// docker is a command of the engine that this cluster uses.
-func (c *Cluster) docker(ctx context.Context, args ...string) *exec.Cmd {
+// docker is a command of an engine.
+func docker(ctx context.Context, host string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "docker", args...)
-	if c.DockerHost != "" {
-		cmd.Env = append(os.Environ(), "DOCKER_HOST="+c.DockerHost)
-	}
+	cmd.Env = withEngine(host)
 	return cmd
+}
+
+// withEngine is the environment that leads to an engine; nil (our own) for the machine's.
+func withEngine(host string) []string {
+	if host == "" {
+		return nil
+	}
+	return append(os.Environ(), "DOCKER_HOST="+host)
 }
 
 // sweep removes containers and firewall tables.
@@ -481,12 +491,21 @@ func (c *Cluster) sweep() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	name := c.Name
-	out, err := c.docker(ctx, "ps", "-aq", "--filter", "label=dbsupervisor.cluster="+name).Output()
-	errs := []error{err}
-	for _, id := range strings.Fields(string(out)) {
-		// A frozen container can't be removed.
-		_ = c.docker(ctx, "unpause", id).Run()
-		errs = append(errs, c.docker(ctx, "rm", "-f", "-v", id).Run())
+	hosts := []string{c.DockerHost}
+	for _, i := range c.Instances {
+		if !slices.Contains(hosts, i.DockerHost) {
+			hosts = append(hosts, i.DockerHost)
+		}
+	}
+	var errs []error
+	for _, host := range hosts {
+		out, err := docker(ctx, host, "ps", "-aq", "--filter", "label=dbsupervisor.cluster="+name).Output()
+		errs = append(errs, err)
+		for _, id := range strings.Fields(string(out)) {
+			// A frozen container can't be removed.
+			_ = docker(ctx, host, "unpause", id).Run()
+			errs = append(errs, docker(ctx, host, "rm", "-f", "-v", id).Run())
+		}
 	}
 	tables, err := exec.CommandContext(ctx, "nft", "list", "tables").Output()
 	errs = append(errs, err)
@@ -570,7 +589,7 @@ func (i *Instance) Exec(ctx context.Context, args ...string) (string, error) {
 	if id == "" {
 		return "", fmt.Errorf("%s runs no container", i.Name)
 	}
-	cmd := i.c.docker(ctx, append([]string{"exec", "-e", "PGPASSWORD=" + i.c.Password, id}, args...)...)
+	cmd := docker(ctx, i.DockerHost, append([]string{"exec", "-e", "PGPASSWORD=" + i.c.Password, id}, args...)...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)
