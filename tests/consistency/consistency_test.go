@@ -4,6 +4,7 @@ package consistency
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,9 +29,10 @@ import (
 const (
 	image = "dbsupervisor/postgres:15"
 	label = "dbsupervisor.test=consistency"
-	// readRate is what the volume is read at: a disk that is not mostly cache. A copy that
-	// takes no time hides the corruption that this test is about.
+	// readRate is what the volume is read at, by both workers together: a disk that is not
+	// mostly cache. A copy that takes no time hides the corruption that this test is about.
 	readRate = 100 << 20
+	workers  = 2
 )
 
 // TestFrozen: every snapshot of a database under load starts, and holds together.
@@ -47,17 +49,27 @@ func TestFrozen(t *testing.T) {
 	}
 }
 
-// TestNotFrozen switches the mechanism off: at least one of the copies must be found bad.
+// TestNotFrozen switches the mechanism off: the same test must find something bad. Now and
+// then the capture itself notices files that come and go, which ends it well; what counts
+// most is a copy that was made and is bad, so it is tried a few times.
 func TestNotFrozen(t *testing.T) {
 	h := newHarness(t)
-	const most = 4
+	const most = 5
+	noticed := 0
 	for n := range most {
-		if err := h.round(n, false); err != nil {
+		err := h.round(n, false)
+		switch {
+		case errors.Is(err, volsync.ErrFreezeBroken):
+			noticed++
+			t.Logf("copy %d without a freeze was refused by the capture: %v", n, err)
+		case err != nil:
 			t.Logf("as it must be, copy %d without a freeze is bad: %v", n, err)
 			return
 		}
 	}
-	t.Errorf("%d copies without a freeze were all good: the test would not notice a missing freeze", most)
+	if noticed == 0 {
+		t.Errorf("%d copies without a freeze were all good: the test would not notice a missing freeze", most)
+	}
 }
 
 type harness struct {
@@ -86,7 +98,7 @@ func newHarness(t *testing.T) *harness {
 	h.store, err = volsync.OpenStore(volsync.StoreConfig{Dir: share, Log: log})
 	h.must(err)
 	h.must(h.store.Init(ctx))
-	h.volume, err = volsync.OpenVolume(volsync.VolumeConfig{Dir: filepath.Join(h.dir, "local"), FS: h.throttled(), Log: log, BootID: boot})
+	h.volume, err = volsync.OpenVolume(volsync.VolumeConfig{Dir: filepath.Join(h.dir, "local"), FS: h.throttled(), Log: log, BootID: boot, Workers: workers, Rand: rand.Reader})
 	h.must(err)
 	t.Cleanup(func() { _ = h.volume.Close() })
 	h.must(h.volume.MarkLive(ctx, 1))
@@ -105,7 +117,7 @@ func newHarness(t *testing.T) *harness {
 // load keeps pgbench running until the test ends.
 func (h *harness) load() {
 	ctx, cancel := context.WithCancel(h.ctx)
-	cmd := exec.CommandContext(ctx, "docker", "exec", h.container, "pgbench", "-n", "-c", "4", "-T", "3600", "-U", "postgres", "postgres")
+	cmd := exec.CommandContext(ctx, "docker", "exec", h.container, "pgbench", "-n", "-c", "8", "-T", "3600", "-U", "postgres", "postgres")
 	h.must(cmd.Start())
 	h.t.Cleanup(func() { cancel(); _ = cmd.Wait() })
 	h.within("pgbench writes", func() bool {
@@ -128,7 +140,7 @@ func (h *harness) throttled() fsx.FS {
 		if fi, err := os.Stat(filepath.Join(h.dir, "local", "volume", name)); err == nil {
 			size = min(fi.Size(), piece) // else it is gone by now
 		}
-		time.Sleep(time.Duration(float64(size) / readRate * float64(time.Second)))
+		time.Sleep(time.Duration(float64(size) * workers / readRate * float64(time.Second)))
 		return nil
 	}}
 }
@@ -150,6 +162,9 @@ func (h *harness) round(n int, freeze bool) error {
 	h.reading.Store(true)
 	c, err := h.volume.Capture(h.ctx, volsync.CaptureRequest{Freezer: freezer, MaxFreeze: time.Minute})
 	h.reading.Store(false)
+	if errors.Is(err, volsync.ErrFreezeBroken) {
+		return err // the capture itself has seen files move
+	}
 	h.must(err)
 	h.seq++
 	tree, stats, err := h.store.Write(h.ctx, volsync.WriteRequest{
@@ -204,7 +219,9 @@ func firstLines(b []byte) string {
 func (h *harness) run(dir string) string {
 	h.t.Helper()
 	id := h.docker("run", "-d", "--label", label, "-e", "POSTGRES_HOST_AUTH_METHOD=trust", "--stop-signal", "SIGINT",
-		"-v", dir+":/var/lib/postgresql/data", image, "postgres", "-c", "shared_buffers=64MB")
+		"-v", dir+":/var/lib/postgresql/data", image, "postgres", "-c", "shared_buffers=64MB",
+		// Checkpoints all the time, and write-ahead log that is soon used again.
+		"-c", "max_wal_size=32MB", "-c", "min_wal_size=32MB", "-c", "checkpoint_completion_target=0.1")
 	h.t.Cleanup(func() { _ = exec.Command("docker", "rm", "-f", id).Run() })
 	return id
 }
