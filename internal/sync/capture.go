@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sort"
 	"time"
@@ -58,7 +59,8 @@ func (c *Capture) Unchanged() bool {
 
 const (
 	defaultMaxFreeze = 2 * time.Second
-	maxRounds        = 5 // pre-copy rounds before a freeze
+	maxRounds        = 5        // pre-copy rounds before a freeze
+	littleToRead     = 16 << 20 // bytes that are not worth another round
 	frozenWorkers    = 2
 )
 
@@ -281,24 +283,28 @@ func (p *pass) count(c *Capture) {
 // precopy reads what has changed while the database runs, until what a freeze would have
 // to read is little, or gets no less.
 func (p *pass) precopy(ctx context.Context) error {
-	for {
-		start := p.v.cfg.Clock.Now()
+	for before := int64(math.MaxInt64); ; {
+		start, read := p.v.cfg.Clock.Now(), p.stats.ReadBytes
 		if _, err := p.round(ctx, false, p.v.cfg.Workers); err != nil {
 			return err
 		}
 		p.stats.Rounds++
 		took := p.v.cfg.Clock.Now().Sub(start)
+		read = p.stats.ReadBytes - read
 		// A freeze has to do at most what this round did, if as much changes during a round
-		// as did before it; it reads with fewer workers, but does not sync.
-		if took <= p.req.MaxFreeze/4 {
+		// as did before it; it reads with fewer workers, but does not sync. Files that were
+		// written in the very moment of a round are read again in the next, for nothing.
+		quick, little := took <= p.req.MaxFreeze/4, read <= littleToRead || read > before/2
+		switch {
+		case quick && little:
+			return nil
+		case p.stats.Rounds < maxRounds:
+		case took > 4*p.req.MaxFreeze:
+			return fmt.Errorf("%w: what changes while the database runs takes %s to read", ErrFreezeTooLong, took.Round(time.Millisecond))
+		default:
 			return nil
 		}
-		if p.stats.Rounds >= maxRounds {
-			if took > 4*p.req.MaxFreeze {
-				return fmt.Errorf("%w: what changes while the database runs takes %s to read", ErrFreezeTooLong, took.Round(time.Millisecond))
-			}
-			return nil
-		}
+		before = read
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"dbsupervisor/internal/boottime"
 	"dbsupervisor/internal/fsx"
 )
 
@@ -770,4 +771,28 @@ func TestVolumeIndexLog(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestVolumeNeverFreezesInVain: where reading what changes takes much longer than the
+// budget again and again, the database is not even frozen.
+func TestVolumeNeverFreezesInVain(t *testing.T) {
+	hook, fr := &volHook{}, &volFreezer{}
+	clock := boottime.NewFake()
+	rig := newVolRig(t)
+	v := rig.live(func(c *VolumeConfig) { c.FS, c.Clock = hook.fs(), clock })
+	hook.set(func(op fsx.Op, path string) error {
+		if volPoint("capture-scan", op, path) {
+			clock.Advance(9 * time.Second)
+		}
+		return nil
+	})
+	req := CaptureRequest{Freezer: fr, MaxFreeze: 2 * time.Second, BeforeFreeze: func(context.Context) error { panic("no freeze") }}
+	_, err := v.Capture(context.Background(), req)
+	volIs(t, err, ErrFreezeTooLong)
+	if fr.freezes != 0 {
+		t.Fatal("frozen although it could not have been done")
+	}
+	hook.set(nil)
+	_, ref := rig.snapshot(v, CaptureRequest{Freezer: fr})
+	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
 }
