@@ -81,6 +81,9 @@ func Binary(t testing.TB) string {
 // built when the engine does not have it yet. The test is skipped without a Docker engine.
 func Image(t testing.TB) string {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("short: no Docker")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}

@@ -50,7 +50,7 @@ func playGuard() int {
 }
 
 // playAgent obeys one line after the other from its standard input: "arm TERM CONTAINER
-// MILLISECONDS", "freeze CONTAINER BUDGET_MS", "thaw". It answers each with "ok" or the error.
+// DEADLINE", "freeze CONTAINER BUDGET_MS", "thaw". It answers each with "ok" or the error.
 func playAgent() int {
 	ctx := context.Background()
 	g, err := DialGuard(ctx, os.Getenv("FENCE_TEST_DIR"))
@@ -68,12 +68,9 @@ func playAgent() int {
 		switch w[0] {
 		case "arm":
 			term, _ := strconv.ParseUint(w[1], 10, 64)
-			ms, _ := strconv.Atoi(w[3])
+			deadline, _ := strconv.ParseInt(w[3], 10, 64)
 			groups, _ := cgroup.Find(w[2])
-			err = g.Arm(ctx, ArmRequest{
-				Term: term, Container: w[2], Group: groups[0],
-				Deadline: boottime.Real{}.Now().Add(time.Duration(ms) * time.Millisecond),
-			})
+			err = g.Arm(ctx, ArmRequest{Term: term, Container: w[2], Group: groups[0], Deadline: boottime.Instant(deadline)})
 		case "freeze":
 			ms, _ := strconv.Atoi(w[2])
 			groups, _ := cgroup.Find(w[1])

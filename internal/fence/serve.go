@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"dbsupervisor/internal/boottime"
@@ -105,6 +106,7 @@ func (g *guard) answer(ctx context.Context, r request) answer {
 // freezeWatch is one agent's freeze.
 type freezeWatch struct {
 	superseded chan struct{} // closed when a newer freeze begins
+	quiet      chan struct{} // closed when it has taken note of that, or has ended
 }
 
 // handleFreeze answers freeze_begin and stays until freeze_end, the end of the connection, or
@@ -128,27 +130,33 @@ func (g *guard) handleFreeze(ctx context.Context, c net.Conn, in *bufio.Scanner,
 			}
 		}
 	}
-	defer thaw()
-	w := &freezeWatch{superseded: make(chan struct{})}
+	w := &freezeWatch{superseded: make(chan struct{}), quiet: make(chan struct{})}
+	quiet := sync.OnceFunc(func() { close(w.quiet) })
 	g.mu.Lock()
-	if g.freeze != nil {
-		close(g.freeze.superseded)
-	}
+	old := g.freeze
 	g.freeze = w
 	kills := g.kills
 	g.mu.Unlock()
-	defer func() {
+	if old != nil { // its thaw must not hit what is frozen from now on
+		close(old.superseded)
+		<-old.quiet
+	}
+	// end comes before the answer: with that the agent may begin the next freeze.
+	end := func() {
+		thaw()
+		quiet()
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		if g.freeze == w {
 			g.freeze = nil
 		}
-	}()
+	}
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	until := g.cfg.Clock.Now().Add(r.Budget)
 	if !reply(c, answer{}) {
+		end()
 		return
 	}
 	ended := make(chan bool, 1) // true: properly
@@ -165,7 +173,7 @@ func (g *guard) handleFreeze(ctx context.Context, c net.Conn, in *bufio.Scanner,
 			g.mu.Lock()
 			broken = broken || g.kills != kills
 			g.mu.Unlock()
-			thaw() // before the answer: nobody is left frozen once the agent believes it
+			end()
 			if properly {
 				reply(c, answer{Broken: broken})
 			} else {
@@ -181,8 +189,10 @@ func (g *guard) handleFreeze(ctx context.Context, c net.Conn, in *bufio.Scanner,
 			timer = g.timer(ctx, g.cfg.Clock.Now().Add(rethawEvery))
 		case <-superseded:
 			thaw()
+			quiet()
 			broken, timer, superseded = true, nil, nil
 		case <-ctx.Done():
+			end()
 			return
 		}
 	}
