@@ -72,7 +72,7 @@ func TestRedact(t *testing.T) {
 		t.Error("the secret can be unwrapped")
 	}
 	plain := errors.New("nothing secret")
-	if got := redact(plain, env); got == nil || errors.Unwrap(got) != errors.Unwrap(plain) || got.Error() != plain.Error() {
+	if got := redact(plain, env); !errors.Is(got, plain) || got.Error() != plain.Error() {
 		t.Errorf("a harmless error became %v", got)
 	}
 	if redact(nil, env) != nil {

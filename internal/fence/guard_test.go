@@ -750,7 +750,7 @@ func BenchmarkGuardKill(b *testing.B) {
 				grp := cgrouptest.New(b, version, id)
 				cgrouptest.Start(b, grp, probe, "family", "2")
 				dockertest.Until(b, soon, "family", func() bool { p, err := grp.Pids(); return err == nil && len(p) == 7 })
-				req := ArmRequest{Cluster: id, Term: 1, Container: id, Group: grp, Deadline: boottime.Real{}.Now().Add(20 * time.Millisecond)}
+				req := ArmRequest{Cluster: id, Term: 1, Container: id, Group: grp, Deadline: boottime.Real{}.Now().Add(200 * time.Millisecond)}
 				if err := g.Arm(context.Background(), req); err != nil {
 					b.Fatal(err)
 				}
