@@ -27,6 +27,7 @@
  *   NO_FRESH_NAMES     objects are named by content: what exists already is not written again
  *   NO_WRITTEN_FIRST   head is committed before its object is written
  *   NO_UNKNOWN         a writer removes its object when its commit timed out
+ * With SHOW, the model must reach a state that shows that it is not empty.
  */
 #ifndef T
 #define T 2              /* threads */
@@ -35,7 +36,7 @@
 #define S 4              /* names that there are; 0 is the first snapshot */
 #endif
 
-hidden byte objects_exist, head, gc;
+hidden byte objects_exist, head, gc, reached;
 
 #define BIT(x) (1 << (x))
 
@@ -97,6 +98,10 @@ inline checkObjects() {
 	:: else -> break
 	od;
 	assert((need & ~ex) == 0 || objects_exist);
+#ifdef SHOW
+	/* The first snapshot is gone, a later one has been rolled back to. */
+	assert(!(hd == S - 1 && !(ex & 1) && refs[hd] == (BIT(hd) | BIT(1)) && (refs[2] & BIT(1)) && (ret & BIT(2))) || reached);
+#endif
 	i = 0; need = 0;
 	cond = cond & ex
 }

@@ -21,6 +21,8 @@
  *   NO_FRESH_NONCE       an old attempt's record is taken for that of the newest attempt
  *   NO_UNKNOWN           a renewal without an answer counts as done
  *   NO_BOOTTIME          clocks stop while the host is suspended
+ * With SUSPEND, instance 0's host may be suspended. With SHOW, the model must reach a
+ * state that shows that it is not empty.
  */
 #ifndef N
 #define N       2
@@ -34,9 +36,8 @@
 #endif
 /* Configured TTLs differ: the file is being changed from machine to machine. */
 #define TTLOF(p) (3 - ((p) & 1))
-#define TTLMAX   3
 
-hidden byte one_writer, holder;
+hidden byte one_writer, reached;
 
 byte hold = NOBODY;      /* the record: its holder */
 byte rttl = 2;           /*             the TTL in it */
@@ -48,8 +49,7 @@ byte watched[N];         /* ticks since it was first seen */
 byte val[N];             /* what is left of the present attempt's validity */
 byte left[N];            /* ticks until the database is certainly dead */
 bit  db[N];              /* the database takes writes */
-bit  flight[N];          /* a swap that nobody waits for is on its way */
-bit  ffresh[N];          /*   its base is still the newest */
+bit  flight[N];          /* a swap that nobody waits for is on its way; its base is the newest */
 bit  fpres[N];           /*   it is the present attempt */
 #ifdef SUSPEND
 bit  susp[N];
@@ -62,8 +62,12 @@ bit  susp[N];
 #define WAITED(p) true
 #elif defined(NO_TTL_IN_VERSION)
 #define WAITED(p) (watched[p] >= TTLOF(p))
+#define COUNT(p)  3
 #else
 #define WAITED(p) (watched[p] >= lttl[p])
+#endif
+#ifndef COUNT
+#define COUNT(p)  lttl[p]      /* no need to count further */
 #endif
 #ifdef NO_WATCHED_VERSION
 #define REREAD(p) fresh[p] = 1
@@ -71,13 +75,29 @@ bit  susp[N];
 #define REREAD(p) i = 0
 #endif
 
-hidden byte i, j;
+#ifdef SHOW
+/* One database after the other's, and the first one did not renew for ever. */
+bit had[N];
+#define SHOWN(p) had[p] = 1; assert(!(had[0] && had[1] && flight[0]) || reached)
+#else
+#define SHOWN(p) i = 0
+#endif
+
+hidden byte i, j;        /* only inside d_step */
+
+/* A swap whose base is no longer the newest has no effect and is forgotten. So is the
+   validity of an attempt that nothing can prove any more. */
+inline stale(q) {
+	flight[q] = 0;
+	if :: fpres[q] || rmine == q -> val[q] = 0 :: else fi;
+	fpres[q] = 0
+}
 
 /* The record changes to one that p wrote. */
 inline effect(p, present) {
 	i = 0;
 	do
-	:: i < N -> fresh[i] = 0; ffresh[i] = 0; i++
+	:: i < N -> fresh[i] = 0; watched[i] = 0; stale(i); i++
 	:: else -> break
 	od;
 	i = 0;
@@ -137,7 +157,7 @@ end:	do
 #endif
 			if :: val[i] > 0 -> val[i]-- :: else fi;
 			if :: left[i] > 0 -> left[i]-- :: else fi;
-			if :: watched[i] < TTLMAX -> watched[i]++ :: else fi;
+			if :: fresh[i] && watched[i] < COUNT(i) && lh[i] != i -> watched[i]++ :: else fi;
 #ifdef NO_BOOTTIME
 			:: else fi;
 #endif
@@ -154,9 +174,12 @@ end:	do
 }
 
 proctype Flight(byte p) {
+	bit pres;
+	byte v;
+
 end:	do
-	:: d_step { flight[p] && ffresh[p] -> flight[p] = 0; effect(p, fpres[p]); fpres[p] = 0 }
-	:: d_step { flight[p] -> flight[p] = 0; ffresh[p] = 0; fpres[p] = 0 }
+	:: d_step { flight[p] -> pres = fpres[p]; v = val[p]; effect(p, pres); if :: pres -> val[p] = v :: else fi; pres = 0; v = 0 }
+	:: d_step { flight[p] -> stale(p) }
 	od
 }
 
@@ -166,23 +189,27 @@ Idle:	do
 		true;
 		lh[p] = hold; lttl[p] = rttl;
 		if :: !fresh[p] -> watched[p] = 0; fresh[p] = 1 :: else fi;
-		if :: rmine == p -> extend(p); rmine = NOBODY :: else fi
+		if :: rmine == p -> extend(p); val[p] = 0; rmine = NOBODY :: else fi
 	}
 	:: d_step { left[p] <= LATENCY && db[p] -> db[p] = 0 }      /* the agent's own watchdog */
-	:: d_step { left[p] > LATENCY && !db[p] && lh[p] == p -> db[p] = 1; checkWriters() }
+	:: d_step { left[p] > LATENCY && !db[p] && lh[p] == p -> db[p] = 1; checkWriters(); SHOWN(p) }
 	:: d_step { lh[p] == p -> stamp(p) }; goto Swap             /* renew */
 	:: d_step { lh[p] != p && WAITED(p) -> stamp(p); REREAD(p) }; goto Swap  /* acquire */
 	od;
 Swap:	if
 	:: d_step { fresh[p] -> effect(p, 0); fresh[p] = 1; lh[p] = p; lttl[p] = rttl; watched[p] = 0; rmine = NOBODY }; goto Done
 	:: d_step { !fresh[p] -> skip }; goto Lost
-	:: d_step { !flight[p] -> flight[p] = 1; ffresh[p] = fresh[p]; fpres[p] = 1 };
+	:: d_step { fresh[p] && !flight[p] -> flight[p] = 1; fpres[p] = 1 };
 #ifdef NO_UNKNOWN
 		goto Done
 #else
 		goto Idle
 #endif
-	:: goto Idle                                                /* never arrived */
+#ifdef NO_FRESH_NONCE
+	:: goto Idle
+#else
+	:: goto Lost                                                /* never arrived */
+#endif
 	fi;
 Lost:	atomic { val[p] = 0; goto Idle };
 Done:	/* The reply may be slow. */

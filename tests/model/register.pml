@@ -29,7 +29,8 @@
  *   NO_UNKNOWN_LOST   a link that timed out is taken for not done
  *   NO_TMP_FIRST      pruning leaves the temporary names of old attempts alone
  *   NO_LOAD_PRED      a loaded record's predecessor is not looked up
- *   NO_LOAD_NONCE     it is, but any record will do
+ *   NO_LOAD_NONCE     it is, but any record will do (no violation was found)
+ * With SHOW, the model must reach a state that shows that it is not empty.
  */
 #ifndef N
 #define N     2      /* contenders */
@@ -65,6 +66,10 @@
 hidden byte swap_counted;
 hidden byte loaded_record;
 hidden byte swap_denied;
+#ifdef SHOW
+hidden byte reached;
+bit  counted_late[N];
+#endif
 
 byte dir[MAXV + 2];
 byte cur = 1;            /* the highest number ever made */
@@ -225,6 +230,9 @@ ReadBack: atomic {
 		:: dir[v + 1] == NONE -> goto Load
 		:: dir[v + 1] != NONE && !MINE(p) -> goto Load
 		:: dir[v + 1] != NONE && MINE(p) ->
+#ifdef SHOW
+			counted_late[p] = 1;
+#endif
 #ifdef NO_PRED_READBACK
 			goto Counted
 #else
@@ -243,6 +251,10 @@ CheckPred:
 #endif
 Counted:
 	assert(made[p] == TRUE || swap_counted);
+#ifdef SHOW
+	/* A swap counted although its reply was lost, after the first records had been removed. */
+	assert(!(cur == MAXV && dir[1] == NONE && counted_late[p]) || reached);
+#endif
 	goto Load;
 
 GiveUp:
