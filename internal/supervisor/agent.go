@@ -30,7 +30,7 @@ func (s *Supervisor) member() Member {
 	s.mu.Lock()
 	state := s.decision.State
 	set := s.set
-	broken := s.fails[ActHydrate] > 0
+	broken := s.fails[ActHydrate] > 0 || s.db.state().engineErr != ""
 	s.mu.Unlock()
 	st := s.volume.State()
 	return Member{
@@ -98,6 +98,9 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 	}
 	if v.FenceErr != nil {
 		add("fence: %v", v.FenceErr)
+	}
+	if db.engineErr != "" {
+		add("Docker does not answer: %s", db.engineErr)
 	}
 	if s.decision.State == StatePrimary || s.decision.State == StateTakeover {
 		if !db.answers(now) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,7 +23,9 @@ import (
 // Containers is what the supervisor asks of the container engine (container.Docker).
 type Containers interface {
 	EnsureImage(ctx context.Context, ref, pull string, progress func(string)) (digest string, err error)
-	Run(ctx context.Context, spec container.Spec) (container.Info, error)
+	Create(ctx context.Context, spec container.Spec) (container.Info, error)
+	Start(ctx context.Context, id string) error
+	Inspect(ctx context.Context, id string) (container.Info, error)
 	Find(ctx context.Context, labels map[string]string) ([]container.Info, error)
 	Stop(ctx context.Context, id string, timeout time.Duration) error
 	Kill(ctx context.Context, id string) error
@@ -66,7 +69,8 @@ type database struct {
 type dbState struct {
 	exists, running bool
 	serving         bool // started, answered once, and let through the gate
-	id, name        string
+	guarded         bool // the guard is armed with it
+	id, name, ip    string
 	term            uint64
 	digest          string
 	pid             int
@@ -77,7 +81,23 @@ type dbState struct {
 	err             string
 	restarts        int
 	tooMany         bool
+
+	engineErr  string           // why Docker can't be asked; "" when it answered the last time
+	engineDown boottime.Instant // since when
+	engineUps  int              // how often it has begun to answer again
 }
+
+// engineLost says that Docker has not answered for so long that it is no restart.
+func (d dbState) engineLost(now boottime.Instant) bool {
+	return d.engineErr != "" && now.Sub(d.engineDown) > enginePatience
+}
+
+const (
+	// enginePatience is how long a restart of the Docker daemon may take.
+	enginePatience = time.Minute
+	// engineAnswer is how long Docker may take for a quick question before it counts as hung.
+	engineAnswer = time.Second
+)
 
 // answers says that the last probe was answered and is not too old.
 func (d dbState) answers(now boottime.Instant) bool {
@@ -86,7 +106,7 @@ func (d dbState) answers(now boottime.Instant) bool {
 
 func newDatabase(cfg DatabaseConfig, set *config.Config, clock boottime.Clock, log hclog.Logger) *database {
 	d := &database{cfg: cfg, set: set, clock: clock, log: log}
-	d.st.probeFresh = 3*set.Database.ProbeInterval + set.Database.ProbeTimeout
+	d.st.probeFresh = 3*set.Database.ProbeInterval + set.Database.ProbeTimeout + engineAnswer
 	return d
 }
 
@@ -115,11 +135,19 @@ func (d *database) install(ctx context.Context) error {
 // look refreshes what is known of the container.
 func (d *database) look(ctx context.Context) error {
 	list, err := d.cfg.Docker.Find(ctx, d.labels())
-	if err != nil {
-		return err
-	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err != nil {
+		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			d.engineFailed(err)
+		}
+		return err
+	}
+	if d.st.engineErr != "" {
+		d.log.Info("docker answers again", "after", d.clock.Now().Sub(d.st.engineDown).String())
+		d.st.engineErr = ""
+		d.st.engineUps++
+	}
 	if len(list) == 0 {
 		d.gone()
 		return nil
@@ -135,16 +163,26 @@ func (d *database) look(ctx context.Context) error {
 	return nil
 }
 
+// engineFailed notes that Docker can't be asked. d.mu is held.
+func (d *database) engineFailed(err error) {
+	if d.st.engineErr == "" {
+		d.st.engineDown = d.clock.Now()
+		d.log.Warn("docker does not answer", "error", err)
+	}
+	d.st.engineErr = err.Error()
+}
+
 // gone forgets the container. d.mu is held.
 func (d *database) gone() {
 	d.st.exists, d.st.running, d.st.serving, d.st.healthy = false, false, false, false
-	d.st.id, d.st.name, d.st.pid, d.st.term = "", "", 0, 0
+	d.st.id, d.st.name, d.st.ip, d.st.pid, d.st.term = "", "", "", 0, 0
+	d.st.guarded = false
 	d.group = cgroup.Group{}
 }
 
 // setInfo takes over what Docker says. d.mu is held.
 func (d *database) setInfo(c container.Info) {
-	d.st.exists, d.st.id, d.st.name, d.st.pid = true, c.ID, c.Name, c.Pid
+	d.st.exists, d.st.id, d.st.name, d.st.ip, d.st.pid = true, c.ID, c.Name, c.IP, c.Pid
 	d.st.digest = c.ImageDigest
 	d.st.term, _ = strconv.ParseUint(c.Labels[container.LabelTerm], 10, 64)
 	was := d.st.running
@@ -163,7 +201,7 @@ func (d *database) setInfo(c container.Info) {
 
 // died keeps count of deaths that nobody asked for. d.mu is held.
 func (d *database) died(c container.Info) {
-	d.st.serving, d.st.healthy = false, false
+	d.st.serving, d.st.healthy, d.st.guarded = false, false, false
 	d.group = cgroup.Group{}
 	if d.expected {
 		return
@@ -213,8 +251,7 @@ func (d *database) monitor(ctx context.Context, changed func()) {
 		before := d.state()
 		lctx, cancel := context.WithTimeout(ctx, d.set.Database.ProbeTimeout)
 		if err := d.look(lctx); err != nil && ctx.Err() == nil {
-			d.note(fmt.Sprintf("Docker does not answer: %v", err))
-			d.lookWithoutDocker()
+			d.lookWithoutDocker() // status says what Docker's error is
 		}
 		cancel()
 		if st := d.state(); st.running && st.serving {
@@ -222,7 +259,8 @@ func (d *database) monitor(ctx context.Context, changed func()) {
 		}
 		d.checkFences(ctx)
 		after := d.state()
-		if before.running != after.running || before.healthy != after.healthy || before.exists != after.exists {
+		if before.running != after.running || before.healthy != after.healthy || before.exists != after.exists ||
+			before.engineUps != after.engineUps {
 			changed()
 		}
 	}
@@ -246,12 +284,6 @@ func (d *database) lookWithoutDocker() {
 	}
 }
 
-func (d *database) note(text string) {
-	d.mu.Lock()
-	d.st.err = text
-	d.mu.Unlock()
-}
-
 // probe asks the database once and keeps the answer.
 func (d *database) probe(ctx context.Context) error {
 	d.use.Lock()
@@ -260,9 +292,7 @@ func (d *database) probe(ctx context.Context) error {
 	if id == "" {
 		return errors.New("no container")
 	}
-	pctx, cancel := context.WithTimeout(ctx, d.set.Database.ProbeTimeout)
-	defer cancel()
-	err := d.cfg.Probe(pctx, id)
+	err := d.ask(ctx, id)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.st.id != id {
@@ -272,6 +302,52 @@ func (d *database) probe(ctx context.Context) error {
 	d.st.lastProbe, d.st.probed = d.clock.Wall(), d.clock.Now()
 	d.st.err = text(err)
 	return err
+}
+
+// ask asks the database. A probe goes through Docker: when that is what does not answer, the
+// database is not to blame, and clients go on as long as it takes their connections.
+func (d *database) ask(ctx context.Context, id string) error {
+	if d.state().engineErr == "" {
+		pctx, cancel := context.WithTimeout(ctx, d.set.Database.ProbeTimeout)
+		defer cancel()
+		err := d.cfg.Probe(pctx, id)
+		if err == nil || !d.engineHangs(ctx) {
+			return err
+		}
+	}
+	dctx, cancel := context.WithTimeout(ctx, engineAnswer)
+	defer cancel()
+	return d.dial(dctx)
+}
+
+// engineHangs asks Docker something quick.
+func (d *database) engineHangs(ctx context.Context) bool {
+	ectx, cancel := context.WithTimeout(ctx, engineAnswer)
+	defer cancel()
+	_, err := d.cfg.Docker.Find(ectx, d.labels())
+	if err == nil || ctx.Err() != nil {
+		return false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.engineFailed(err)
+	return true
+}
+
+// dial connects to the database's own address, without Docker.
+func (d *database) dial(ctx context.Context) error {
+	d.mu.Lock()
+	ip, g := d.st.ip, d.group
+	d.mu.Unlock()
+	if empty, err := g.Empty(); err != nil || empty || g.IsZero() || ip == "" || len(d.set.Database.Ports) == 0 {
+		return errors.New("database can't be asked while Docker does not answer")
+	}
+	var dialer net.Dialer
+	c, err := dialer.DialContext(ctx, "tcp", net.JoinHostPort(ip, strconv.Itoa(d.set.Database.Ports[0].Container)))
+	if err != nil {
+		return fmt.Errorf("connect to database while Docker does not answer: %w", err)
+	}
+	return c.Close()
 }
 
 // checkFences asks gate and guard how they are, for status.
@@ -296,7 +372,7 @@ func (d *database) fences() (open bool, left time.Duration, gateErr, guardErr er
 // renewal may not be used: nobody would end the database in time.
 func (d *database) extend(ctx context.Context, term uint64, deadline boottime.Instant) error {
 	st := d.state()
-	if !st.running || st.term != term {
+	if !st.running && !st.guarded || st.term != term {
 		return nil
 	}
 	err := d.cfg.Guard.Extend(ctx, term, deadline)
@@ -333,7 +409,13 @@ func (d *database) arm(ctx context.Context, term uint64, deadline boottime.Insta
 	d.mu.Lock()
 	r := fence.ArmRequest{Cluster: d.set.Cluster, Term: term, Container: d.st.id, Group: d.group, Deadline: deadline}
 	d.mu.Unlock()
-	return d.cfg.Guard.Arm(ctx, r)
+	if err := d.cfg.Guard.Arm(ctx, r); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.st.guarded = d.st.id == r.Container
+	d.mu.Unlock()
+	return nil
 }
 
 // adopt takes over the container that an earlier start of the agent left running.
@@ -379,8 +461,16 @@ type startRequest struct {
 var errTermOver = errors.New("term ended meanwhile")
 
 // start creates and starts the container and lets clients in once it answers. On error
-// nothing runs, or the caller's next fence ends it.
+// nothing runs, or the caller's next fence ends it. One of this term that runs already,
+// because Docker has started it later than it was waited for, is taken as it is.
 func (d *database) start(ctx context.Context, r startRequest) error {
+	if err := d.look(ctx); err != nil {
+		return fmt.Errorf("look for old container: %w", err)
+	}
+	if st := d.state(); st.running && st.term == r.Term {
+		d.setExpected(false)
+		return d.admit(ctx, r)
+	}
 	image, err := d.image(ctx, r)
 	if err != nil {
 		return err
@@ -389,7 +479,7 @@ func (d *database) start(ctx context.Context, r startRequest) error {
 		return err
 	}
 	// The guard may still watch over the one that died.
-	if err := d.cfg.Guard.Disarm(ctx); err != nil {
+	if err := d.disarm(ctx); err != nil {
 		return api.WithHint(fmt.Errorf("no database without its guard: %w", err), "start the guard: systemctl start dbsupervisor-guard@"+d.set.Cluster)
 	}
 	if err := d.cfg.Gate.Install(ctx); err != nil {
@@ -405,20 +495,44 @@ func (d *database) start(ctx context.Context, r startRequest) error {
 	if _, ok := r.Deadline(); !ok {
 		return errTermOver
 	}
-	info, err := d.cfg.Docker.Run(ctx, spec)
+	info, err := d.cfg.Docker.Create(ctx, spec)
 	if err != nil {
-		return fmt.Errorf("run container: %w", err)
+		return fmt.Errorf("create container: %w", err)
 	}
 	d.mu.Lock()
 	d.expected = false
 	d.group = cgroup.Group{}
 	d.setInfo(info)
 	d.mu.Unlock()
+	// The guard comes first: a start that Docker does not confirm may still happen, even
+	// after the term, and then the guard ends it.
 	deadline, ok := r.Deadline()
 	if !ok {
 		return errTermOver
 	}
-	// The gate is closed until now: no client has reached the database.
+	if err := d.arm(ctx, r.Term, deadline); err != nil {
+		return fmt.Errorf("arm guard: %w", err)
+	}
+	if err := d.cfg.Docker.Start(ctx, info.ID); err != nil {
+		return fmt.Errorf("start container: %w", err)
+	}
+	if info, err = d.cfg.Docker.Inspect(ctx, info.ID); err != nil {
+		return fmt.Errorf("look at new container: %w", err)
+	}
+	d.mu.Lock()
+	d.setInfo(info)
+	d.mu.Unlock()
+	return d.admit(ctx, r)
+}
+
+// admit lets clients in to a container that has been started, once it answers.
+func (d *database) admit(ctx context.Context, r startRequest) error {
+	deadline, ok := r.Deadline()
+	if !ok {
+		return errTermOver
+	}
+	// Armed anew, now with its control group. The gate is closed until now: no client has
+	// reached the database.
 	if err := d.arm(ctx, r.Term, deadline); err != nil {
 		return errors.Join(fmt.Errorf("arm guard: %w", err), d.kill(ctx))
 	}
@@ -430,6 +544,16 @@ func (d *database) start(ctx context.Context, r startRequest) error {
 		return errTermOver
 	}
 	return d.open(ctx, deadline)
+}
+
+func (d *database) disarm(ctx context.Context) error {
+	if err := d.cfg.Guard.Disarm(ctx); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.st.guarded = false
+	d.mu.Unlock()
+	return nil
 }
 
 // image finds the image to run: the very one that last wrote the volume if it can be had.
@@ -496,7 +620,8 @@ func (d *database) waitReady(ctx context.Context, r startRequest) error {
 			return errTermOver
 		}
 		err := d.probe(ctx)
-		if err == nil {
+		// Without Docker it can't be told whether this is the server that clients will meet.
+		if err == nil && d.state().engineErr == "" {
 			return nil
 		}
 		if lerr := d.look(ctx); lerr == nil && !d.state().running {
@@ -543,7 +668,7 @@ func (d *database) clear(ctx context.Context, id string) error {
 	d.mu.Lock()
 	d.gateTill = 0
 	d.mu.Unlock()
-	if gerr := d.cfg.Guard.Disarm(ctx); gerr != nil {
+	if gerr := d.disarm(ctx); gerr != nil {
 		d.log.Warn("guard not disarmed", "error", gerr)
 	}
 	if rerr := d.cfg.Docker.Remove(ctx, id); rerr != nil {
@@ -560,9 +685,11 @@ func (d *database) clear(ctx context.Context, id string) error {
 const killTimeout = 5 * time.Second
 
 // kill ends the database at once: gate closed, processes killed through their control
-// group, thawed if they were frozen. Docker comes last, because it may hang.
+// group, thawed if they were frozen. Docker comes last, because it may hang: it is no error
+// if the processes are gone and only Docker's record of them is left. decide sees to that.
 func (d *database) kill(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
+	base := context.WithoutCancel(ctx)
+	ctx, cancel := context.WithTimeout(base, killTimeout)
 	defer cancel()
 	d.serve(false)
 	d.mu.Lock()
@@ -570,21 +697,38 @@ func (d *database) kill(ctx context.Context) error {
 	g, id := d.group, d.st.id
 	d.mu.Unlock()
 	gateErr := d.cfg.Gate.Close(ctx)
-	if !g.IsZero() {
+	dead := !g.IsZero()
+	if dead {
 		if err := g.Kill(ctx); err != nil {
 			d.log.Error("control group not killed, asking the guard", "error", err)
 			if err := d.cfg.Guard.Kill(ctx); err != nil {
 				d.log.Error("guard did not kill", "error", err)
+				dead = false
 			}
 		}
 	}
 	if id == "" {
 		return gateErr
 	}
-	if err := d.cfg.Docker.Kill(ctx, id); err != nil {
+	if dead {
+		d.mu.Lock()
+		d.st.running, d.st.healthy, d.group = false, false, cgroup.Group{}
+		d.mu.Unlock()
+	}
+	patience := killTimeout
+	if dead && d.state().engineErr != "" {
+		patience = engineAnswer // it would only tell us what is known
+	} else if err := d.cfg.Docker.Kill(ctx, id); err != nil {
 		d.log.Warn("docker kill failed", "error", err)
 	}
-	return errors.Join(gateErr, d.clear(ctx, id))
+	cctx, cancel := context.WithTimeout(base, patience)
+	defer cancel()
+	err := d.clear(cctx, id)
+	if dead && errors.Is(err, container.ErrUnavailable) {
+		d.log.Warn("database is dead, its container is removed when docker answers", "error", err)
+		err = nil
+	}
+	return errors.Join(gateErr, err)
 }
 
 // pids lists the database's processes.

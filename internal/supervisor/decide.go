@@ -63,7 +63,10 @@ type Observation struct {
 	Container  bool // one exists
 	Running    bool // ... and runs
 	OwnTerm    bool // ... and it belongs to the term that we hold
+	Unserved   bool // it runs, but clients have not been let in
 	TooManyDie bool // it died too often: the term shall go elsewhere
+	EngineDown bool // Docker can't be asked
+	EngineLost bool // ... for longer than a restart of its daemon takes
 
 	// Wishes.
 	Stopping   bool // an explicit stop of the agent: hand off, then exit
@@ -88,7 +91,8 @@ type Decision struct {
 // decide is the whole policy. It is pure: the same observation always gives the same answer.
 func decide(o Observation) Decision {
 	d := func(s State, a Action, why string) Decision {
-		interrupts := a == ActFence || a == ActYield && o.Job != ActYield
+		// What is dead already is only cleared away: that can wait.
+		interrupts := a == ActFence && (o.Running || !o.Waiting[a]) || a == ActYield && o.Job != ActYield
 		if !interrupts && (o.Job != ActNone || o.Waiting[a]) {
 			a = ActNone
 		}
@@ -147,6 +151,10 @@ func decideHolder(o Observation, d decider) Decision {
 		if !o.Waiting[ActHandoff] {
 			return d(StateHandoff, ActHandoff, "database died too often")
 		}
+	case o.EngineLost && !o.Running:
+		if !o.Waiting[ActHandoff] {
+			return d(StateHandoff, ActHandoff, "Docker does not come back")
+		}
 	}
 	switch {
 	case o.Job == ActStart:
@@ -155,6 +163,8 @@ func decideHolder(o Observation, d decider) Decision {
 		return d(StatePrimary, ActNone, "rolling back")
 	case !o.Running:
 		return decideTakeover(o, d)
+	case o.Unserved:
+		return d(StateTakeover, ActStart, "database runs, but clients have not been let in")
 	case !o.Baseline:
 		return d(StatePrimary, ActBaseline, "volume's relation to head must be known before a snapshot")
 	case order != nil && order.Kind == lease.OrderRollback && !o.Waiting[ActRollback]:
@@ -200,7 +210,7 @@ func decideStandby(o Observation, d decider) Decision {
 	}
 	warm := r.Head == nil || o.Volume.Phase == volsync.PhaseLive ||
 		o.Volume.Phase == volsync.PhaseClean && o.Volume.Base.ID == r.Head.ID
-	eligible := !o.NoFailover && (!r.Paused || own)
+	eligible := !o.NoFailover && !o.EngineDown && (!r.Paused || own)
 	if eligible && o.MayTake && !o.Waiting[ActHydrate] && (warm || o.MayTakeIn) {
 		// An acquisition doesn't touch the volume, so it need not wait for a hydration
 		// that is under way; but the slot is taken then, and that is reported as ActNone.

@@ -50,6 +50,9 @@ func syncDue(o *Observation)     { o.SyncDue = true }
 func paused(o *Observation)      { o.Record.Paused = true }
 func ours(o *Observation)        { o.Record.Holder = lease.Holder{Instance: "a", VolumeID: "va"} }
 
+func engineDown(o *Observation)  { o.EngineDown = true }
+func engineLost(o *Observation)  { o.EngineLost = true }
+
 func job(a Action) with   { return func(o *Observation) { o.Job = a } }
 func waits(a Action) with { return func(o *Observation) { o.Waiting[a] = true } }
 func order(k lease.OrderKind, to string, term uint64) with {
@@ -117,6 +120,15 @@ func TestDecide(t *testing.T) {
 		{"order to move here is ignored", observation(holding, running, order(lease.OrderSwitchover, "a", 7)), StatePrimary, ActNone},
 		{"forced failover interrupts a snapshot", observation(holding, running, job(ActSnapshot), order(lease.OrderFailover, "b", 7)), StateHandoff, ActYield},
 		{"rollback order", observation(holding, running, order(lease.OrderRollback, "", 7)), StatePrimary, ActRollback},
+		{"not let in yet: the start is completed", observation(holding, running, syncDue, func(o *Observation) { o.Unserved = true }), StateTakeover, ActStart},
+		{"but not beside one that is under way", observation(holding, running, job(ActStart), func(o *Observation) { o.Unserved = true }), StateTakeover, ActNone},
+		{"standby without Docker leaves the lease to others", observation(mayTakeLate, engineDown), StateStandby, ActNone},
+		{"but follows head", observation(phase(volsync.PhaseClean, "old"), engineDown), StateStandby, ActHydrate},
+		{"primary without Docker goes on", observation(holding, running, syncDue, engineDown, engineLost), StatePrimary, ActSnapshot},
+		{"dead without Docker: waits for a restart of its daemon", observation(holding, live(7), engineDown), StateTakeover, ActStart},
+		{"dead without Docker for long: handed over", observation(holding, live(7), engineDown, engineLost), StateHandoff, ActHandoff},
+		{"a dead container that can't be removed is not tried again at once", observation(func(o *Observation) { o.Container = true }, waits(ActFence)), StateFencing, ActNone},
+		{"a running one is, whatever failed before", observation(running, waits(ActFence)), StateFencing, ActFence},
 		{"rollback has stopped the database", observation(holding, live(7), job(ActRollback)), StatePrimary, ActNone},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -67,6 +67,7 @@ type Supervisor struct {
 	progress  *api.Progress
 	problem   *api.Problem
 
+	engineUps  int // Docker's recoveries so far
 	resuming   bool
 	stopping   bool
 	restarting bool
@@ -194,6 +195,9 @@ func (s *Supervisor) resume(ctx context.Context) {
 	err := s.lease.Resume(ctx)
 	s.mu.Lock()
 	s.resuming = false
+	if err == nil {
+		s.job = ActStart // adopting is a start
+	}
 	s.mu.Unlock()
 	switch {
 	case err == nil:
@@ -202,6 +206,9 @@ func (s *Supervisor) resume(ctx context.Context) {
 		if err := s.db.adopt(ctx, v.Record.Term, v.Deadline); err != nil {
 			s.log.Warn("container of this term not adopted", "error", err)
 		}
+		s.mu.Lock()
+		s.job = ActNone
+		s.mu.Unlock()
 	case errors.Is(err, lease.ErrNotYet), ctx.Err() != nil:
 	default:
 		s.log.Warn("term of before the restart not resumed", "error", err)
@@ -313,6 +320,13 @@ func (s *Supervisor) observe() Observation {
 		Stopping:   s.stopping || s.fatal != nil, Restarting: s.restarting,
 		NoFailover: s.set.Failover.NoFailover,
 		Job:        s.job, Waiting: map[Action]bool{},
+	}
+	o.Unserved = db.running && !db.serving
+	o.EngineDown, o.EngineLost = db.engineErr != "", db.engineLost(now)
+	if db.engineUps != s.engineUps {
+		// What failed for want of Docker is tried again at once.
+		s.engineUps = db.engineUps
+		clear(s.waiting)
 	}
 	headID := ""
 	if v.Record.Head != nil {
