@@ -84,7 +84,7 @@ soak: image build
 	@scripts/soak.sh
 
 bench: image build
-	@scripts/bench.sh
+	@scripts/bench.sh $(ARGS)
 
 install: build install-files
 	install -D -m 0755 build/dbsupervisor $(DESTDIR)$(PREFIX)/bin/dbsupervisor

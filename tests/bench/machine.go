@@ -112,11 +112,16 @@ func describe(ctx context.Context, dir string) string {
 	}
 	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
 	fs := "?"
-	if out, err := exec.CommandContext(ctx, "stat", "-f", "-c", "%T", dir).Output(); err == nil {
-		fs = strings.TrimSpace(string(out))
+	if out, err := exec.CommandContext(ctx, "df", "--output=fstype", dir).Output(); err == nil {
+		fs = lastLine(string(out))
 	}
 	return fmt.Sprintf("%d x %s, %s of memory, Linux %s, file system %s",
 		runtime.NumCPU(), cpu, memory, strings.TrimSpace(string(kernel)), fs)
+}
+
+func lastLine(s string) string {
+	s = strings.TrimSpace(s)
+	return s[strings.LastIndex(s, "\n")+1:]
 }
 
 // room fails when the file system has less than need bytes left.

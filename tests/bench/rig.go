@@ -91,7 +91,7 @@ func (r *rig) say(format string, args ...any) {
 }
 
 // load starts the first instance and fills its database up to the volume's size: half of it
-// pgbench's tables, a table with one row per page for dirtying, the log, and filler.
+// pgbench's tables, a table with one row per page and a file for dirtying, the log, and filler.
 func (r *rig) load(ctx context.Context) error {
 	var err error
 	if r.a, err = r.c.Add(""); err != nil {
@@ -120,6 +120,9 @@ func (r *rig) load(ctx context.Context) error {
 		"alter table bench_pages alter body set storage plain",
 		"insert into bench_pages select i, "+body("i")+" from generate_series(1, "+fmt.Sprint(r.pages)+") i",
 		"checkpoint"); err != nil {
+		return err
+	}
+	if err := r.dirtyFile(0); err != nil {
 		return err
 	}
 	_, size, err := du(r.volumePath())
@@ -309,8 +312,9 @@ func (r *rig) schedule(ctx context.Context, i *cluster.Instance, spec string) er
 	}
 	wctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	agent := api.NewClient(i.RunDir)
 	err := cluster.Until(wctx, func() bool {
-		st, err := i.Status(wctx)
+		st, err := agent.Status(wctx)
 		return err == nil && st.Sync.Schedule == spec && (spec != never || !st.Sync.Running)
 	})
 	if err != nil {

@@ -21,9 +21,10 @@ type benchmark struct {
 
 func benchmarks() []benchmark {
 	return []benchmark{
+		{"restore", "Restore of the first snapshot", howRestore, (*rig).restore},
 		{"snapshot", "Snapshots", howSnapshot, (*rig).snapshots},
-		{"restore", "Restore", howRestore, (*rig).restore},
 		{"freeze", "Freeze", howFreeze, (*rig).freezes},
+		{"restore-later", "Restore after many snapshots", howRestoreLater, (*rig).restore},
 		{"pgbench", "pgbench with and without snapshots", howPgbench, (*rig).pgbench},
 		{"takeover", "Takeover", howTakeover, (*rig).takeover},
 		{"operations", "Operations on the share", howOperations, (*rig).operations},
@@ -121,10 +122,7 @@ func (r *rig) snapshots(ctx context.Context, s *section) error {
 			}
 		}
 	}
-	// The file itself is not of interest, nor what the last checkpoint left.
-	if err := r.dirtyFile(0); err != nil {
-		return err
-	}
+	// What the last checkpoint left is not the file's.
 	if _, _, err := r.sync(ctx, r.a); err != nil {
 		return err
 	}
@@ -156,13 +154,15 @@ func (r *rig) oneSnapshot(ctx context.Context, s *section, what string) error {
 }
 
 func howFreeze(r *rig) string {
-	return fmt.Sprintf(`The time that the agent counts between freeze and thaw of the database's control group.
-*Nothing to do*: an idle database, nothing has changed; what remains is freezing and looking
-at every file. *Under load*: one snapshot after another with 250 ms between them for %s, while
-pgbench (4 clients, %d transactions per second) writes. *A client's longest wait* is the
-longest answer to "select 1" around the same snapshots, over one connection that asks every
-millisecond: it has the freeze and all competition for processors in it. Without snapshots it
-is taken over as many windows of one second.`, r.freeze, r.rate)
+	return fmt.Sprintf(`*Freeze* is what the agent counts and sync.max_freeze bounds: from the request to freeze, which
+waits for a probe that is under way and for the guard, until the guard has confirmed the
+thaw; the database stands still for less. *A client's longest wait* is seen from outside: the
+longest answer to "select 1" around the same snapshot, over one connection that asks every
+millisecond; all competition for processors is in it. *Nothing to do*: an idle database,
+nothing has changed; what remains is freezing and looking at every file. *Under load*: one
+snapshot after another with 250 ms between them for %s, while pgbench (4 clients, %d
+transactions per second) writes; the same load without snapshots comes first, for two thirds
+as long.`, r.freeze, r.rate)
 }
 
 // idleSnapshots is how many are taken of an unchanged volume.
@@ -173,23 +173,24 @@ func (r *rig) freezes(ctx context.Context, s *section) error {
 	if err := r.sql(ctx, "checkpoint"); err != nil {
 		return err
 	}
-	for range idleSnapshots {
-		res, _, err := r.sync(ctx, r.a)
-		if err != nil {
-			return err
-		}
-		if res.Unchanged {
-			s.addTail("freeze, nothing to do", "ms", res.FreezeMS)
-		}
-	}
 	cl, err := startClient(ctx, r.a)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = cl.close() }()
+	for range idleSnapshots {
+		began := time.Now()
+		res, _, err := r.sync(ctx, r.a)
+		if err != nil {
+			return err
+		}
+		if res.Unchanged {
+			s.addTail("nothing to do: freeze", "ms", res.FreezeMS)
+			s.addTail("nothing to do: a client's longest wait", "ms", millis(cl.longest(began, time.Now())))
+		}
+	}
 	load := make(chan error, 1)
 	go func() { load <- r.a.Pgbench(ctx, r.loadArgs(2*r.freeze/3)...) }()
-	// The windows without snapshots come first and take half as long.
 	if err := r.quiet(ctx, s, cl, load); err != nil {
 		return err
 	}
@@ -205,8 +206,8 @@ func (r *rig) freezes(ctx context.Context, s *section) error {
 		if err != nil {
 			return err
 		}
-		s.addTail("freeze under load", "ms", res.FreezeMS)
-		s.addTail("a client's longest wait, during a snapshot", "ms", millis(cl.longest(began, time.Now())))
+		s.addTail("under load: freeze", "ms", res.FreezeMS)
+		s.addTail("under load: a client's longest wait", "ms", millis(cl.longest(began, time.Now())))
 		s.add("under load: changed blocks per snapshot", "MiB", float64(res.ChangedBytes)/mib)
 		s.add("under load: time per snapshot", "ms", res.DurationMS)
 	}
@@ -227,7 +228,7 @@ func (r *rig) quiet(ctx context.Context, s *section, cl *client, load chan error
 			return ctx.Err()
 		case <-time.After(time.Second):
 		}
-		s.addTail("a client's longest wait, in a second without snapshots", "ms", millis(cl.longest(began, time.Now())))
+		s.addTail("under load, no snapshot: a client's longest wait in a second", "ms", millis(cl.longest(began, time.Now())))
 	}
 }
 

@@ -82,13 +82,14 @@ func (r *rig) join(ctx context.Context, i *cluster.Instance) (time.Duration, err
 func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to *cluster.Instance) error {
 	wctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	st, err := from.Status(ctx)
+	agent := api.NewClient(from.RunDir)
+	st, err := agent.Status(ctx)
 	if err != nil {
 		return err
 	}
 	enough, written := st.Sync.Commits+2, len(w.Acks())+100
 	if err := cluster.Until(wctx, func() bool {
-		st, err := from.Status(wctx)
+		st, err := agent.Status(wctx)
 		return err == nil && st.Sync.Commits >= enough && len(w.Acks()) > written
 	}); err != nil {
 		return fmt.Errorf("wait for two snapshots under load: %w", err)
@@ -96,7 +97,7 @@ func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to 
 	if err := to.WaitWarm(wctx); err != nil {
 		return err
 	}
-	if st, err = from.Status(ctx); err != nil {
+	if st, err = agent.Status(ctx); err != nil {
 		return err
 	}
 	if st.Head == nil {
