@@ -355,7 +355,12 @@ func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, repo
 			if err != nil {
 				return api.RollbackResult{}, err
 			}
-			return api.RollbackResult{Head: r.Head.ID, From: from, Frozen: ref.Frozen, DurationMS: ms(s.clock.Now().Sub(began))}, nil
+			res := api.RollbackResult{Head: r.Head.ID, From: from, Frozen: ref.Frozen, DurationMS: ms(s.clock.Now().Sub(began))}
+			// The state before is in the snapshot that the primary took on the way.
+			if list, err := s.store.List(ctx, refOf(*r.Head), catalogOf(r)); err == nil && len(list) > 0 && list[0].Parent != "" {
+				res.From = list[0].Parent
+			}
+			return res, nil
 		}
 		if r.Term != o.Term {
 			return api.RollbackResult{}, errors.New("the term ended before the rollback was done")

@@ -11,13 +11,17 @@ import (
 	volsync "dbsupervisor/internal/sync"
 )
 
+// thawLate is how much longer than the capture's own budget the guard waits before it
+// thaws: a capture that just keeps to its budget must not be thrown away.
+const thawLate = 250 * time.Millisecond
+
 // freezer returns what stops the database for one capture. While it is frozen nobody asks
 // Docker for anything that would hang on it.
 func (d *database) freezer(budget time.Duration) volsync.Freezer {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return &freezer{d: d, f: fence.NewFreezer(fence.FreezerConfig{
-		Guard: d.cfg.Guard, Group: d.group, Budget: budget, Log: d.log,
+		Guard: d.cfg.Guard, Group: d.group, Budget: budget + thawLate, Log: d.log,
 	})}
 }
 
