@@ -36,7 +36,7 @@
 #define S 4              /* names that there are; 0 is the first snapshot */
 #endif
 
-hidden byte objects_exist, head, gc, reached;
+hidden byte objects_exist, head, gc, shown;
 
 #define BIT(x) (1 << (x))
 
@@ -100,7 +100,7 @@ inline checkObjects() {
 	assert((need & ~ex) == 0 || objects_exist);
 #ifdef SHOW
 	/* The first snapshot is gone, a later one has been rolled back to. */
-	assert(!(hd == S - 1 && !(ex & 1) && refs[hd] == (BIT(hd) | BIT(1)) && (refs[2] & BIT(1)) && (ret & BIT(2))) || reached);
+	assert(!(hd == S - 1 && !(ex & 1) && refs[hd] == (BIT(hd) | BIT(1)) && (refs[2] & BIT(1)) && (ret & BIT(2))) || shown);
 #endif
 	i = 0; need = 0;
 	cond = cond & ex

@@ -38,7 +38,7 @@
 #define UNFIT(q) fit[q] = 0; vol[q] = 0; disk[q] = 0
 #endif
 
-hidden byte one_writer, handoff_kept, holder, release, head, fork_stays_out, head_on_disk, reached;
+hidden byte one_writer, handoff_kept, holder, release, head, fork_stays_out, head_on_disk, shown;
 hidden byte i;           /* only inside d_step */
 
 byte hold;               /* the record: holder of the term, or who held it last */
@@ -86,7 +86,7 @@ inline doAcquire(p) {
 	assert(!rel || (acked & ~hc) == 0 || handoff_kept);
 #ifdef SHOW
 	/* After an unplanned loss of a write, a handoff of one that was kept. */
-	assert(!(rel && succ == p && lost != 0 && hc != 0 && hold != p && dl[hold]) || reached);
+	assert(!(rel && succ == p && lost != 0 && hc != 0 && hold != p && dl[hold]) || shown);
 #endif
 	if
 	:: hold == p && fit[p] -> lost = lost | (acked & ~hc & ~vol[p])

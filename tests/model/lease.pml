@@ -37,7 +37,7 @@
 /* Configured TTLs differ: the file is being changed from machine to machine. */
 #define TTLOF(p) (3 - ((p) & 1))
 
-hidden byte one_writer, reached;
+hidden byte one_writer, shown;
 
 byte hold = NOBODY;      /* the record: its holder */
 byte rttl = 2;           /*             the TTL in it */
@@ -78,7 +78,7 @@ bit  susp[N];
 #ifdef SHOW
 /* One database after the other's, and the first one did not renew for ever. */
 bit had[N];
-#define SHOWN(p) had[p] = 1; assert(!(had[0] && had[1] && flight[0]) || reached)
+#define SHOWN(p) had[p] = 1; assert(!(had[0] && had[1] && flight[0]) || shown)
 #else
 #define SHOWN(p) i = 0
 #endif

@@ -67,7 +67,7 @@ hidden byte swap_counted;
 hidden byte loaded_record;
 hidden byte swap_denied;
 #ifdef SHOW
-hidden byte reached;
+hidden byte shown;
 bit  counted_late[N];
 #endif
 
@@ -253,7 +253,7 @@ Counted:
 	assert(made[p] == TRUE || swap_counted);
 #ifdef SHOW
 	/* A swap counted although its reply was lost, after the first records had been removed. */
-	assert(!(cur == MAXV && dir[1] == NONE && counted_late[p]) || reached);
+	assert(!(cur == MAXV && dir[1] == NONE && counted_late[p]) || shown);
 #endif
 	goto Load;
 

@@ -46,10 +46,10 @@ runs() {
 	full  handoff  -                   -DW=3             ok
 	full  handoff  -                   -DN=3,-DW=1       ok
 	full  register NO_LOAD_NONCE       -DN=3,-DMAXV=4    ok
-	small register SHOW                -                 reached
-	small lease    SHOW                -                 reached
-	small gc       SHOW                -                 reached
-	small handoff  SHOW                -DW=2             reached
+	small register SHOW                -                 shown
+	small lease    SHOW                -                 shown
+	small gc       SHOW                -                 shown
+	small handoff  SHOW                -DW=2             shown
 	small register NO_PRED_CHECK       -                 swap_counted
 	small register NO_PRED_READBACK    -                 swap_counted
 	small register NO_LISTING          -                 loaded_record
