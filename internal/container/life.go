@@ -188,10 +188,28 @@ func (d *Docker) Remove(ctx context.Context, id string) error {
 	ctx, cancel := d.bound(ctx, 0)
 	defer cancel()
 	err := d.cli.ContainerRemove(ctx, id, container.RemoveOptions{RemoveVolumes: true})
+	if errdefs.IsConflict(err) && strings.Contains(err.Error(), "already in progress") {
+		// Asked for before, of a daemon that did not answer then.
+		err = d.waitRemoved(ctx, id)
+	}
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	return d.fail(ctx, "remove container "+short(id), err)
+}
+
+// waitRemoved waits for a removal that is under way, and for its outcome.
+func (d *Docker) waitRemoved(ctx context.Context, id string) error {
+	res, errs := d.cli.ContainerWait(ctx, id, container.WaitConditionRemoved)
+	select {
+	case r := <-res:
+		if r.Error != nil {
+			return errors.New(r.Error.Message)
+		}
+		return nil
+	case err := <-errs:
+		return err
+	}
 }
 
 // Wait returns a container's exit code when it does not run any more, at once if it doesn't.

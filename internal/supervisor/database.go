@@ -710,21 +710,20 @@ func (d *database) kill(ctx context.Context) error {
 	if id == "" {
 		return gateErr
 	}
+	patience := killTimeout
 	if dead {
 		d.mu.Lock()
 		d.st.running, d.st.healthy, d.group = false, false, cgroup.Group{}
 		d.mu.Unlock()
+		patience = 2 * engineAnswer // a forced failover waits for us, and needs no Docker
 	}
-	patience := killTimeout
-	if dead && d.state().engineErr != "" {
-		patience = engineAnswer // it would only tell us what is known
-	} else if err := d.cfg.Docker.Kill(ctx, id); err != nil {
+	dctx, cancel := context.WithTimeout(base, patience)
+	defer cancel()
+	if err := d.cfg.Docker.Kill(dctx, id); err != nil {
 		d.log.Warn("docker kill failed", "error", err)
 	}
-	cctx, cancel := context.WithTimeout(base, patience)
-	defer cancel()
-	err := d.clear(cctx, id)
-	if dead && errors.Is(err, container.ErrUnavailable) {
+	err := d.clear(dctx, id)
+	if dead && err != nil && (errors.Is(err, container.ErrUnavailable) || dctx.Err() != nil) {
 		d.log.Warn("database is dead, its container is removed when docker answers", "error", err)
 		err = nil
 	}

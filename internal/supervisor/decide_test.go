@@ -50,8 +50,8 @@ func syncDue(o *Observation)     { o.SyncDue = true }
 func paused(o *Observation)      { o.Record.Paused = true }
 func ours(o *Observation)        { o.Record.Holder = lease.Holder{Instance: "a", VolumeID: "va"} }
 
-func engineDown(o *Observation)  { o.EngineDown = true }
-func engineLost(o *Observation)  { o.EngineLost = true }
+func engineDown(o *Observation) { o.EngineDown = true }
+func engineLost(o *Observation) { o.EngineLost = true }
 
 func job(a Action) with   { return func(o *Observation) { o.Job = a } }
 func waits(a Action) with { return func(o *Observation) { o.Waiting[a] = true } }
