@@ -14,7 +14,8 @@ func howTakeover(r *rig) string {
 	return fmt.Sprintf(`Two instances, lease TTL %s, snapshots every %s, a warm standby, one client that writes row
 after row to whichever instance is primary. Agent, guard and container of the primary are
 killed with SIGKILL; the clock runs from right before the first of these signals to the first
-acknowledgement by the other instance. Then the lost instance comes back with an empty disk,
+acknowledgement by the other instance. The kills are spread evenly over the time between two
+snapshots. Then the lost instance comes back with an empty disk,
 and the roles are turned round. *Lease* is from the kill to the acquisition, *start* from
 there to the first acknowledgement. The standby can see the end of a lease only a whole TTL
 after its last renewal, which is up to %s old at the kill.`, r.ttl, r.every, r.c.Renew)
@@ -48,7 +49,7 @@ func (r *rig) takeover(ctx context.Context, s *section) error {
 	from, to := r.a, b
 	for k := range r.takeovers {
 		r.say("takeover %d of %d", k+1, r.takeovers)
-		if err := r.kill(ctx, s, w, from, to); err != nil {
+		if err := r.kill(ctx, s, w, from, to, r.every*time.Duration(2*k+1)/time.Duration(2*r.takeovers)); err != nil {
 			return err
 		}
 		if k < r.takeovers-1 {
@@ -78,8 +79,8 @@ func (r *rig) join(ctx context.Context, i *cluster.Instance) (time.Duration, err
 	return time.Since(began), err
 }
 
-// kill ends one primary and measures until the other accepts writes.
-func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to *cluster.Instance) error {
+// kill ends one primary some time after a commit and measures until the other accepts writes.
+func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to *cluster.Instance, after time.Duration) error {
 	wctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	agent := api.NewClient(from.RunDir)
@@ -93,6 +94,11 @@ func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to 
 		return err == nil && st.Sync.Commits >= enough && len(w.Acks()) > written
 	}); err != nil {
 		return fmt.Errorf("wait for two snapshots under load: %w", err)
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(after):
 	}
 	if err := to.WaitWarm(wctx); err != nil {
 		return err
