@@ -2,12 +2,16 @@
 # The long tests: the fault table again and again, long random runs, the models at full size.
 # Goes on after a failure and says at the end what failed. Full logs in build/soak.
 #   SOAK_COUNT=10    rounds of the fault table and the consistency test
+#   FAULTS_SCALE=68  pgbench scale of the warm volume that is taken over: 1 GiB
+#   FAULTS_TTL=10s   TTL of the leases in the fault table
 #   SOAK_FUZZ=2m     time for each fuzz test; 0 leaves them out
 #   SOAK_MODEL=yes   no leaves the models out
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 count=${SOAK_COUNT:-10}
 fuzz=${SOAK_FUZZ:-2m}
+export FAULTS_SCALE=${FAULTS_SCALE:-68} FAULTS_TTL=${FAULTS_TTL:-10s}
+echo "fault table: TTL $FAULTS_TTL, pgbench scale $FAULTS_SCALE"
 logs=build/soak/$(date -u +%Y%m%dT%H%M%SZ)
 mkdir -p "$logs"
 failed=()

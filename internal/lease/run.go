@@ -17,8 +17,8 @@ const pruneEvery = 16
 // may name it, and every moment until it is seen is a moment without a primary.
 const orderPoll = 200 * time.Millisecond
 
-// Run looks at the register every RenewInterval while the lease is not held, renews it at the
-// same pace while it is, and watches the deadline apart from both. It returns ctx's error, or
+// Run looks at the register twice per RenewInterval while the lease is not held, renews it once
+// per RenewInterval while it is, and watches the deadline apart from both. It returns ctx's error, or
 // ErrInstanceInUse if another agent runs under this instance name and this one has not held
 // the lease. It never releases.
 func (l *Lease) Run(ctx context.Context) error {
@@ -56,6 +56,10 @@ func (l *Lease) keep(ctx context.Context) error {
 			return err
 		}
 		wait := l.cfg.RenewInterval
+		if !v.Holding {
+			// The TTL is counted from when a version was seen: looking late adds to the gap.
+			wait /= 2
+		}
 		if !v.Holding && v.Record.Order != nil && v.Record.Order.Term == v.Record.Term {
 			wait = min(wait, orderPoll)
 		}

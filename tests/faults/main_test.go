@@ -62,6 +62,9 @@ func start(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Cluste
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	o := cluster.Options{Root: tempDir(t), Binary: env.binary, TTL: 4 * time.Second, Renew: time.Second, Margin: time.Second, Schedule: "@every 2s"}
+	if ttl, err := time.ParseDuration(os.Getenv("FAULTS_TTL")); err == nil {
+		o.TTL, o.Renew, o.Margin = ttl, ttl/5, ttl/5
+	}
 	for _, e := range edit {
 		e(&o)
 	}
