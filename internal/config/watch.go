@@ -12,8 +12,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// settle is how long a file must have been left alone before it is read again: editors
-// and deployment tools write in several steps.
+// settle is the time between the first sign of a change and the reading: editors and
+// deployment tools write in several steps. A last step that comes later begins it anew.
 const settle = 300 * time.Millisecond
 
 // Watch follows a configuration file and sends every new content that is valid. A file that
@@ -47,6 +47,7 @@ func watch(ctx context.Context, w *fsnotify.Watcher, path string, last []byte, l
 	timer := time.NewTimer(settle)
 	timer.Stop()
 	defer timer.Stop()
+	armed := false // the file will be read when the timer ends
 	for {
 		select {
 		case <-ctx.Done():
@@ -55,15 +56,21 @@ func watch(ctx context.Context, w *fsnotify.Watcher, path string, last []byte, l
 			if !ok {
 				return
 			}
-			// Any event of the directory: what is read decides, not what was reported.
-			timer.Reset(settle)
+			// Any event of the directory: what is read decides, not what was reported. A
+			// directory that is never quiet must not put the reading off for ever.
+			if !armed {
+				timer.Reset(settle)
+				armed = true
+			}
 		case err, ok := <-w.Errors:
 			if !ok {
 				return
 			}
 			log.Warn("configuration watch has lost events, reading the file again", "error", err)
 			timer.Reset(settle)
+			armed = true
 		case <-timer.C:
+			armed = false
 			data, err := os.ReadFile(path)
 			if err == nil && bytes.Equal(data, last) {
 				continue

@@ -20,29 +20,18 @@ const thawLate = 250 * time.Millisecond
 func (d *database) freezer(budget time.Duration) volsync.Freezer {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return &freezer{d: d, f: fence.NewFreezer(fence.FreezerConfig{
+	return &freezer{f: fence.NewFreezer(fence.FreezerConfig{
 		Guard: d.cfg.Guard, Group: d.group, Budget: budget + thawLate, Log: d.log,
 	})}
 }
 
-type freezer struct {
-	d *database
-	f *fence.Freezer
-}
+type freezer struct{ f *fence.Freezer }
 
 // Freeze implements volsync.Freezer.
-func (f *freezer) Freeze(ctx context.Context) error {
-	f.d.use.Lock()
-	if err := f.f.Freeze(ctx); err != nil {
-		f.d.use.Unlock()
-		return err
-	}
-	return nil
-}
+func (f *freezer) Freeze(ctx context.Context) error { return f.f.Freeze(ctx) }
 
 // Thaw implements volsync.Freezer.
 func (f *freezer) Thaw() error {
-	defer f.d.use.Unlock()
 	err := f.f.Thaw()
 	if errors.Is(err, fence.ErrFreezeBroken) {
 		return fmt.Errorf("%w: %w", volsync.ErrFreezeBroken, err)
@@ -50,22 +39,29 @@ func (f *freezer) Thaw() error {
 	return err
 }
 
-// beforeFreeze runs the engine's own preparation in the container.
+// beforeFreeze runs the engine's own preparation in the container, then keeps others from
+// asking Docker for anything: a probe that is under way is waited for here, where it does
+// not count as time frozen.
 func (d *database) beforeFreeze(ctx context.Context) error {
-	return d.hook(ctx, "before_freeze", d.set.Database.BeforeFreeze)
+	d.use.Lock()
+	if err := d.hook(ctx, "before_freeze", d.set.Database.BeforeFreeze); err != nil {
+		d.use.Unlock()
+		return err
+	}
+	return nil
 }
 
 // afterFreeze undoes it.
 func (d *database) afterFreeze(ctx context.Context) error {
+	defer d.use.Unlock()
 	return d.hook(ctx, "after_freeze", d.set.Database.AfterFreeze)
 }
 
+// hook runs a command in the container. d.use is held.
 func (d *database) hook(ctx context.Context, name string, cmd []string) error {
 	if len(cmd) == 0 {
 		return nil
 	}
-	d.use.Lock()
-	defer d.use.Unlock()
 	res, err := d.cfg.Docker.Exec(ctx, d.state().id, cmd)
 	if err != nil {
 		return fmt.Errorf("run %s: %w", name, err)

@@ -349,18 +349,7 @@ func (i *Instance) CLI(ctx context.Context, args ...string) (string, error) {
 
 // Status asks the agent.
 func (i *Instance) Status(ctx context.Context) (api.Status, error) {
-	var st api.Status
-	cmd := exec.CommandContext(ctx, i.c.Binary, "status", "--json", "--config", i.Config)
-	cmd.Env = withEngine(i.DockerHost)
-	out, err := cmd.Output()
-	var ee *exec.ExitError
-	if err != nil && !errors.As(err, &ee) {
-		return st, err
-	}
-	if jerr := json.Unmarshal(out, &st); jerr != nil {
-		return st, fmt.Errorf("status of %s: %w: %s", i.Name, jerr, out)
-	}
-	return st, nil
+	return api.NewClient(i.RunDir).Status(ctx)
 }
 
 // Is asks an HTTP endpoint ("primary", "replica", "health") and says whether it is 200.
