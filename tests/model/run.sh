@@ -97,6 +97,7 @@ one() {
 	mkdir -p "$d" && cp "$here/$model.pml" "$d" && cd "$d" || return
 	local args=()
 	[ "$switch" = - ] || args+=("-D$switch")
+	# shellcheck disable=SC2206 # several definitions, to be split
 	[ "$defs" = - ] || args+=(${defs//,/ })
 	spin -a "${args[@]}" "$model.pml" >spin.out 2>&1
 	if ! gcc -O2 -w -DSAFETY -DCOLLAPSE -DMEMLIM="$mem" -o pan pan.c >gcc.out 2>&1; then
