@@ -211,7 +211,9 @@ func failoverWithout(t *testing.T, ctx context.Context, e *engine, a, b *cluster
 	must(t, err)
 	must(t, e.signal(syscall.SIGSTOP))
 	began := time.Now()
-	must(t, second(b.CLI(ctx, "failover", "--yes")))
+	fctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	must(t, second(b.CLI(fctx, "failover", "--yes")))
 	within(t, ctx, 10*time.Second, "b takes over from a primary without Docker", func() bool { return b.Is(ctx, "primary") })
 	if !dead(t, id) {
 		t.Error("the old primary's database still runs")
