@@ -19,11 +19,8 @@ type events struct {
 	mu   sync.Mutex
 }
 
-// maxEvents is how many entries stay when the file is cut (at twice that many bytes x 256).
-const (
-	maxEvents     = 4000
-	maxEventBytes = maxEvents * 512
-)
+// The history file is cut to its newer half when it has grown beyond maxEventBytes.
+const maxEventBytes = 2 << 20
 
 func newEvents(dir string) *events { return &events{path: filepath.Join(dir, "history.jsonl")} }
 
