@@ -23,7 +23,6 @@
  *   NO_LISTING        the newest record is found by walking up from the remembered one
  *   NO_ASCENDING      records are removed newest first
  *   NO_STOP_AT_ERROR  pruning goes on after a name that could not be removed
- *   NO_KEEP           only the newest record is kept
  *   NO_FRESH_NONCE    one nonce per contender instead of one per attempt
  *   NO_UNKNOWN        a link that timed out is taken for done
  *   NO_UNKNOWN_LOST   a link that timed out is taken for not done
@@ -39,11 +38,7 @@
 #define MAXV  5      /* highest number */
 #endif
 #ifndef KEEP
-#ifdef NO_KEEP
-#define KEEP  1
-#else
 #define KEEP  2      /* records that pruning leaves: 64 in the program */
-#endif
 #endif
 #ifndef LATE
 #define LATE  1      /* requests in flight whose sender no longer waits */

@@ -127,18 +127,23 @@ one() {
 	[ -n "$keep" ] || { cd "$dir" && rm -rf "$d"; }
 }
 
-printf '%-9s %-20s %-18s %-15s %11s %7s\n' model switch definitions result states time
-n=100
-started=$SECONDS
-while read -r which model switch defs expected; do
-	[ "$size" = full ] || [ "$which" = small ] || continue
-	n=$((n + 1))
-	while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
-	one "$n" "$model" "$switch" "$defs" "$expected" &
-done < <(runs)
-wait
-cat "$dir"/*.line
-count=$(cat "$dir"/*.line | wc -l)
-surprises=$(find "$dir" -maxdepth 1 -name '*.surprise' | wc -l)
-echo "$count runs, $surprises surprises, $((SECONDS - started)) s"
-[ "$surprises" = 0 ] && [ "$count" = $((n - 100)) ]
+# A function, so that the file is read as a whole before anything runs.
+main() {
+	printf '%-9s %-20s %-18s %-15s %11s %7s\n' model switch definitions result states time
+	n=100
+	started=$SECONDS
+	while read -r which model switch defs expected; do
+		[ "$size" = full ] || [ "$which" = small ] || continue
+		n=$((n + 1))
+		while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+		one "$n" "$model" "$switch" "$defs" "$expected" &
+	done < <(runs)
+	wait
+	cat "$dir"/*.line
+	count=$(cat "$dir"/*.line | wc -l)
+	surprises=$(find "$dir" -maxdepth 1 -name '*.surprise' | wc -l)
+	echo "$count runs, $surprises surprises, $((SECONDS - started)) s"
+	[ "$surprises" = 0 ] && [ "$count" = $((n - 100)) ]
+}
+main
+exit $?
