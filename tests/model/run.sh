@@ -28,6 +28,7 @@ done
 jobs=${MODEL_JOBS:-2}
 mem=${MODEL_MEM:-1400}
 dir=$(mktemp -d)
+# shellcheck disable=SC2317 # the trap calls it
 cleanup() { if [ -z "$keep" ]; then rm -rf "$dir"; else echo "kept: $dir"; fi; }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
