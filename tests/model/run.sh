@@ -3,7 +3,7 @@
 # search, and with each rule switched off a violation of the expected rule must be found.
 #
 #   run.sh         small sizes, for CI
-#   run.sh full    larger ones as well, three instances (half an hour)
+#   run.sh full    larger ones as well, three instances (four minutes)
 #   run.sh -k ...  keeps the working directory, to replay a trail: spin -t -p MODEL.pml
 #
 # Needs spin (6.5) and gcc. Exits with 0 if there was no surprise, 1 if there was, 2 if
