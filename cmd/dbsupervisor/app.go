@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -121,11 +122,20 @@ func (a *app) load() (*config.Config, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	own := cfg.Warnings() // before the profile adds what nobody wrote into the file
 	warnings, err := engine.Resolve(cfg)
 	if err != nil {
 		return nil, nil, err
 	}
-	return cfg, append(cfg.Warnings(), warnings...), nil
+	return cfg, append(own, warnings...), nil
+}
+
+// inUnits writes "1h50m", and "1h" where nothing is left over.
+func inUnits(n int, unit string, rest int, small string) string {
+	if rest == 0 {
+		return strconv.Itoa(n) + unit
+	}
+	return strconv.Itoa(n) + unit + strconv.Itoa(rest) + small
 }
 
 // client loads the configuration and makes a client for its agent.
@@ -199,9 +209,9 @@ func since(d time.Duration) string {
 	case d < time.Minute:
 		return d.Truncate(time.Second).String()
 	case d < time.Hour:
-		return strings.TrimSuffix(d.Truncate(time.Second).String(), "0s")
+		return inUnits(int(d/time.Minute), "m", int(d/time.Second)%60, "s")
 	case d < 48*time.Hour:
-		return strings.TrimSuffix(strings.TrimSuffix(d.Truncate(time.Minute).String(), "0s"), "0m")
+		return inUnits(int(d/time.Hour), "h", int(d/time.Minute)%60, "m")
 	}
 	return fmt.Sprintf("%d days", int(d/(24*time.Hour)))
 }

@@ -128,8 +128,14 @@ func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.
 	serve("socket", socket.Run)
 	err = sup.Run(ctx)
 	log.Info("agent ends", "error", err)
+	if err == nil && sup.Restarting() {
+		return errRestart
+	}
 	return err
 }
+
+// errRestart says that the agent ended to be started again.
+var errRestart = errors.New("agent restarts")
 
 // joinCluster opens the register and the store of an existing cluster. Where there is none
 // it makes one only if the configuration allows it and this machine has never seen one.

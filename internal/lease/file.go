@@ -135,7 +135,14 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 		if err != nil {
 			return Record{}, err
 		}
-		rec, err := r.read(versions[len(versions)-1])
+		newest := versions[len(versions)-1]
+		rec, err := r.read(newest)
+		if err == nil && newest > 1 {
+			// A listing takes time. Had it missed more records than are kept, what it shows
+			// as the newest would be a stray one, whose predecessor is gone
+			// (docs/MODEL.md, NO_LOAD_PRED).
+			_, err = r.fs.Stat(r.path(newest - 1))
+		}
 		if err == nil {
 			return rec, nil
 		}

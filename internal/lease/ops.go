@@ -55,7 +55,8 @@ func (l *Lease) acquire(ctx context.Context, edit func(*Record)) error {
 	next := cur.Clone()
 	next.Term = cur.Term + 1
 	next.Holder = l.self
-	next.Released, next.Successor, next.Order = false, "", nil
+	next.Inherited = cur.Released && cur.Complete
+	next.Released, next.Complete, next.Successor, next.Order = false, false, "", nil
 	if edit != nil {
 		edited := next.Clone()
 		edit(&edited)
@@ -192,7 +193,7 @@ func (l *Lease) Commit(ctx context.Context, basis Record, edit func(*Record)) (R
 			// Not an edit's to change.
 			next.ClusterID, next.Term, next.TTL = cur.ClusterID, cur.Term, ttl
 			next.Holder.Instance, next.Holder.Incarnation = cur.Holder.Instance, cur.Holder.Incarnation
-			next.Released, next.Successor = false, ""
+			next.Released, next.Complete, next.Successor, next.Inherited = false, false, "", cur.Inherited
 			last = next
 			return next, nil
 		},
@@ -215,6 +216,16 @@ func (l *Lease) Commit(ctx context.Context, basis Record, edit func(*Record)) (R
 // whatever the outcome: only a later Acquire makes it held again. Without success others
 // acquire after the TTL.
 func (l *Lease) Release(ctx context.Context, successor string) error {
+	return l.release(ctx, successor, false)
+}
+
+// HandOver is a Release of which the caller vouches that head holds everything that was
+// acknowledged in this term. The next term's record says so (Inherited).
+func (l *Lease) HandOver(ctx context.Context, successor string) error {
+	return l.release(ctx, successor, true)
+}
+
+func (l *Lease) release(ctx context.Context, successor string, complete bool) error {
 	if err := l.begin(ctx); err != nil {
 		return fmt.Errorf("release lease: %w", err)
 	}
@@ -230,7 +241,7 @@ func (l *Lease) Release(ctx context.Context, successor string) error {
 				return Record{}, ErrNotHeld
 			}
 			next := cur.Clone()
-			next.Released, next.Successor, next.Order = true, successor, nil
+			next.Released, next.Complete, next.Successor, next.Order = true, complete, successor, nil
 			return next, nil
 		},
 		done: func(rec Record) bool {

@@ -40,6 +40,12 @@ type Record struct {
 	// set, is the instance that may acquire at once; everybody else waits for the TTL.
 	Released  bool   `json:"released,omitempty"`
 	Successor string `json:"successor,omitempty"`
+	// Complete says of a released record that the head holds everything that was ever
+	// acknowledged in its term: a planned handoff, not a forced one.
+	Complete bool `json:"complete,omitempty"`
+	// Inherited says that this term began from a complete release: nothing was lost on the
+	// way into it.
+	Inherited bool `json:"inherited,omitempty"`
 	// Paused forbids automatic failover (an operator's maintenance mode).
 	Paused bool `json:"paused,omitempty"`
 	// Order asks the holder of Order.Term for something; it is ignored in any other term

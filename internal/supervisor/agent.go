@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"time"
 
@@ -30,7 +31,7 @@ func (s *Supervisor) member() Member {
 	s.mu.Lock()
 	state := s.decision.State
 	set := s.set
-	broken := s.fails[ActHydrate] > 0 || s.db.state().engineErr != ""
+	broken := s.fails[ActHydrate] > 0 || s.fails[ActStart] > 0 || s.db.state().engineErr != ""
 	s.mu.Unlock()
 	st := s.volume.State()
 	return Member{
@@ -103,7 +104,10 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 		add("Docker does not answer: %s", db.engineErr)
 	}
 	if s.decision.State == StatePrimary || s.decision.State == StateTakeover {
-		if !db.answers(now) {
+		switch {
+		case s.fails[ActStart] > 0:
+			add("database can't be started (%d failures in a row)", s.fails[ActStart])
+		case !db.answers(now):
 			add("database does not answer")
 		}
 		if n := s.fails[ActSnapshot]; n > 0 {
@@ -287,12 +291,20 @@ func (s *Supervisor) Failover(ctx context.Context, req api.FailoverRequest, repo
 	if req.To == v.Record.Holder.Instance {
 		return api.MoveResult{}, api.WithHint(fmt.Errorf("%s is the primary already", req.To), "name the instance that shall take over: --to")
 	}
+	if req.To != "" && req.To != s.set.Instance {
+		if err := s.members.refresh(s.set.Instance); err != nil {
+			return api.MoveResult{}, err
+		}
+		if _, ok := s.members.successor(req.To, s.memberWindow()); !ok {
+			return api.MoveResult{}, api.WithHint(fmt.Errorf("%w: %s is not an eligible standby", api.ErrNoSuccessor, req.To), s.knownMembers())
+		}
+	}
 	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderFailover, Term: v.Record.Term, To: req.To}, report)
 }
 
 // order leaves the order in the register and waits until another term has begun.
 func (s *Supervisor) order(ctx context.Context, o lease.Order, report api.Report) (api.MoveResult, error) {
-	began := s.clock.Now()
+	began, v0 := s.clock.Now(), s.lease.View().Record
 	if err := s.lease.PutOrder(ctx, o); err != nil {
 		return api.MoveResult{}, fmt.Errorf("leave %s order in the register: %w", o.Kind, err)
 	}
@@ -303,7 +315,17 @@ func (s *Supervisor) order(ctx context.Context, o lease.Order, report api.Report
 		r := v.Record
 		if r.Term > o.Term {
 			res := api.MoveResult{Primary: r.Holder.Instance, Term: r.Term, DurationMS: ms(s.clock.Now().Sub(began))}
-			res.Lossless = o.Kind == lease.OrderSwitchover && r.Term == o.Term+1
+			res.Lossless = o.Kind == lease.OrderSwitchover && r.Term == o.Term+1 && r.Inherited
+			if o.Kind == lease.OrderSwitchover && !res.Lossless {
+				res.Note = "the old primary did not hand over in time: what it acknowledged after the last committed snapshot is lost or a fork on its disk"
+			}
+			if res.Primary == v0.Holder.Instance {
+				return res, api.WithHint(fmt.Errorf("the term went back to %s (term %d): no other instance took it in time", res.Primary, res.Term),
+					"see `dbsupervisor status` on the others; "+s.knownMembers())
+			}
+			if note := s.awaitServing(ctx, r, report); note != "" {
+				res.Note = strings.TrimSpace(res.Note + "\n" + note)
+			}
 			return res, nil
 		}
 		if ok, err := answer(r, o.ID); ok {
@@ -317,6 +339,39 @@ func (s *Supervisor) order(ctx context.Context, o lease.Order, report api.Report
 			return api.MoveResult{}, err
 		}
 	}
+}
+
+// servingPatience is how long a command waits for a new primary's database to answer.
+const servingPatience = 30 * time.Second
+
+// awaitServing waits until the holder's health endpoint calls it primary: its database
+// answers and lets clients in. It returns a remark if that can't be seen in time.
+func (s *Supervisor) awaitServing(ctx context.Context, r lease.Record, report api.Report) string {
+	if r.Holder.HTTP == "" {
+		return ""
+	}
+	until := s.clock.Now().Add(servingPatience)
+	for s.clock.Now() < until && s.lease.View().Record.Term == r.Term {
+		rctx, cancel := context.WithTimeout(ctx, time.Second)
+		req, err := http.NewRequestWithContext(rctx, http.MethodGet, "http://"+r.Holder.HTTP+"/primary", nil)
+		if err != nil {
+			cancel()
+			return ""
+		}
+		res, err := http.DefaultClient.Do(req)
+		cancel()
+		if err == nil {
+			_ = res.Body.Close()
+			if res.StatusCode == http.StatusOK {
+				return ""
+			}
+		}
+		report(api.Progress{Phase: "database is starting on " + r.Holder.Instance})
+		if s.clock.WaitUntil(ctx, s.clock.Now().Add(pollMove)) != nil {
+			break
+		}
+	}
+	return "its database does not answer yet; see `dbsupervisor status` there"
 }
 
 // Pause implements api.Agent.
@@ -360,6 +415,7 @@ func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, repo
 			if list, err := s.store.List(ctx, refOf(*r.Head), catalogOf(r)); err == nil && len(list) > 0 && list[0].Parent != "" {
 				res.From = list[0].Parent
 			}
+			s.awaitServing(ctx, r, report)
 			return res, nil
 		}
 		if r.Term != o.Term {
@@ -381,6 +437,13 @@ func answer(r lease.Record, id string) (answered bool, err error) {
 		return true, nil
 	}
 	return true, api.WithHint(errors.New(r.Answer.Error), r.Answer.Hint)
+}
+
+// Restarting says that Run ended because an operator asked for a restart.
+func (s *Supervisor) Restarting() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.restarting
 }
 
 // Restart implements api.Agent.

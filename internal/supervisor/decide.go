@@ -65,6 +65,9 @@ type Observation struct {
 	OwnTerm    bool // ... and it belongs to the term that we hold
 	Unserved   bool // it runs, but clients have not been let in
 	TooManyDie bool // it died too often: the term shall go elsewhere
+	CantStart  bool // it can't be started here, and another instance could take over
+	CantHand   bool // ... nor can the term be handed over in a planned way
+	Shaky      bool // the last attempt to start it here failed: others go first
 	EngineDown bool // Docker can't be asked
 	EngineLost bool // ... for longer than a restart of its daemon takes
 
@@ -92,7 +95,9 @@ type Decision struct {
 func decide(o Observation) Decision {
 	d := func(s State, a Action, why string) Decision {
 		// What is dead already is only cleared away: that can wait.
-		interrupts := a == ActFence && (o.Running || !o.Waiting[a]) || a == ActYield && o.Job != ActYield
+		interrupts := a == ActFence && (o.Running || !o.Waiting[a]) || a == ActYield && o.Job != ActYield ||
+			// A copy that is being made is left half-made; the next start goes on with it.
+			a == ActExit && !o.Holding && (o.Job == ActHydrate || o.Job == ActAcquire)
 		if !interrupts && (o.Job != ActNone || o.Waiting[a]) {
 			a = ActNone
 		}
@@ -101,11 +106,11 @@ func decide(o Observation) Decision {
 	if o.Restarting && o.Job == ActNone {
 		return d(StateStopped, ActExit, "agent restarts and leaves the database as it is")
 	}
+	if o.Resuming && !o.Expired {
+		return d(StateJoining, ActNone, "finding out whether the term of before the restart is still valid")
+	}
 	if o.Holding {
 		return decideHolder(o, d)
-	}
-	if o.Resuming {
-		return d(StateJoining, ActNone, "finding out whether the term of before the restart is still valid")
 	}
 	// Not the holder: nothing of ours may run. This comes before everything else.
 	if o.Expired && (o.Running || o.Container) {
@@ -150,6 +155,12 @@ func decideHolder(o Observation, d decider) Decision {
 	case o.TooManyDie:
 		if !o.Waiting[ActHandoff] {
 			return d(StateHandoff, ActHandoff, "database died too often")
+		}
+	case o.CantStart && o.CantHand:
+		return d(StateHandoff, ActYield, "database can neither be started nor handed over here")
+	case o.CantStart:
+		if !o.Waiting[ActHandoff] {
+			return d(StateHandoff, ActHandoff, "database can't be started here")
 		}
 	case o.EngineLost && !o.Running:
 		if !o.Waiting[ActHandoff] {
@@ -210,8 +221,10 @@ func decideStandby(o Observation, d decider) Decision {
 	}
 	warm := r.Head == nil || o.Volume.Phase == volsync.PhaseLive ||
 		o.Volume.Phase == volsync.PhaseClean && o.Volume.Base.ID == r.Head.ID
-	eligible := !o.NoFailover && !o.EngineDown && (!r.Paused || own)
-	if eligible && o.MayTake && !o.Waiting[ActHydrate] && (warm || o.MayTakeIn) {
+	// Paused forbids what happens by itself, not a planned move to this instance.
+	named := r.Released && r.Successor == o.Self
+	eligible := !o.NoFailover && !o.EngineDown && (!r.Paused || own || named)
+	if eligible && o.MayTake && !o.Waiting[ActHydrate] && (warm && !o.Shaky || o.MayTakeIn) {
 		// An acquisition doesn't touch the volume, so it need not wait for a hydration
 		// that is under way; but the slot is taken then, and that is reported as ActNone.
 		return d(StateStandby, ActAcquire, "lease is free")

@@ -71,6 +71,14 @@ func TestDecide(t *testing.T) {
 		{"agent restart leaves it, too", observation(holding, running, func(o *Observation) { o.Restarting = true }), StateStopped, ActExit},
 		{"agent restart waits for the job", observation(holding, running, job(ActSnapshot), func(o *Observation) { o.Restarting = true }), StatePrimary, ActNone},
 
+		{"resuming holder is left alone until its database is adopted", observation(holding, running, func(o *Observation) { o.Resuming = true }), StateJoining, ActNone},
+		{"expired while resuming", observation(running, expired, func(o *Observation) { o.Resuming = true }), StateFencing, ActFence},
+		{"can't be started here, handed over", observation(holding, live(7), func(o *Observation) { o.CantStart = true }), StateHandoff, ActHandoff},
+		{"nor handed over: given up", observation(holding, live(7), func(o *Observation) { o.CantStart, o.CantHand = true, true }), StateHandoff, ActYield},
+		{"one that could not start it lets others go first", observation(mayTake, func(o *Observation) { o.Shaky = true }), StateStandby, ActNone},
+		{"but takes it if nobody else does", observation(mayTakeLate, func(o *Observation) { o.Shaky = true }), StateStandby, ActAcquire},
+		{"stopped standby does not wait for its copy", observation(stopping, phase(volsync.PhaseClean, "old"), job(ActHydrate)), StateStopped, ActExit},
+
 		{"warm standby", observation(), StateStandby, ActNone},
 		{"standby behind follows", observation(phase(volsync.PhaseClean, "old")), StateStandby, ActHydrate},
 		{"half-applied copy is completed", observation(phase(volsync.PhaseApplying, "7-1-x")), StateStandby, ActHydrate},
@@ -80,6 +88,7 @@ func TestDecide(t *testing.T) {
 		{"cold standby takes it when nobody else did", observation(phase(volsync.PhaseEmpty, ""), mayTakeLate), StateStandby, ActAcquire},
 		{"one that can't read the share doesn't take it", observation(phase(volsync.PhaseEmpty, ""), mayTakeLate, waits(ActHydrate)), StateStandby, ActNone},
 		{"nobody takes it while paused", observation(mayTakeLate, paused), StateStandby, ActNone},
+		{"a planned move is not stopped by pause", observation(mayTake, paused, func(o *Observation) { o.Record.Released, o.Record.Successor = true, "a" }), StateStandby, ActAcquire},
 		{"but the same instance goes on while paused", observation(mayTakeLate, paused, ours, live(7)), StateStandby, ActAcquire},
 		{"nofailover never takes it", observation(mayTakeLate, func(o *Observation) { o.NoFailover = true }), StateStandby, ActNone},
 		{"a fork is set aside before anything else", observation(mayTakeLate, live(6)), StateStandby, ActSetAside},

@@ -118,22 +118,24 @@ func (s *Supervisor) fence(ctx context.Context) error {
 
 // yield is the primary's side of a forced failover: no last snapshot.
 func (s *Supervisor) yield(ctx context.Context) error {
-	order := s.lease.View().Record.Order
-	if order == nil {
-		return errors.New("order has vanished")
+	to, why := "", "given up: the database could neither be started nor handed over here"
+	if o := s.lease.View().Record.Order; o != nil && o.Kind == lease.OrderFailover {
+		to, why = o.To, "forced"
+	} else if m, ok := s.members.successor("", s.memberWindow()); ok {
+		to = m.Instance
 	}
 	if err := s.db.kill(ctx); err != nil {
 		return fmt.Errorf("kill database: %w", err)
 	}
-	s.event("failover", "", "forced: writes since the last committed snapshot stay on this disk as a fork")
-	return s.release(ctx, order.To)
+	s.event("failover", "", why+"; writes since the last committed snapshot stay on this disk as a fork")
+	return s.release(ctx, to, s.lease.Release)
 }
 
-func (s *Supervisor) release(ctx context.Context, to string) error {
+func (s *Supervisor) release(ctx context.Context, to string, send func(context.Context, string) error) error {
 	s.mu.Lock()
 	s.yielded = s.clock.Now()
 	s.mu.Unlock()
-	if err := s.lease.Release(ctx, to); err != nil {
+	if err := send(ctx, to); err != nil {
 		return fmt.Errorf("release term: %w", err)
 	}
 	s.event("released", "", "successor: "+orNobody(to))
@@ -222,6 +224,7 @@ func (s *Supervisor) start(ctx context.Context) error {
 	if !v.Holding {
 		return lease.ErrStale
 	}
+	untouched := s.volume.State().Phase != volsync.PhaseLive
 	// Before anything can write: a crash from here on leaves a volume that says so.
 	if err := s.volume.MarkLive(ctx, v.Record.Term); err != nil {
 		return fmt.Errorf("mark volume live: %w", err)
@@ -242,10 +245,12 @@ func (s *Supervisor) start(ctx context.Context) error {
 	took := s.clock.Now().Sub(began)
 	s.log.Info("database answers", "term", v.Record.Term, "after", took.String())
 	s.event("started", "", fmt.Sprintf("database answers after %s", took.Round(time.Millisecond)))
-	if v.Record.Head == nil {
-		s.mu.Lock()
-		s.syncWanted = true // a new cluster's first snapshot does not wait for the schedule
-		s.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if untouched && v.Record.Head != nil {
+		s.safeUntil = began // head has everything that was written until now
+	} else {
+		s.syncWanted = true // nothing has everything: don't wait for the schedule
 	}
 	return nil
 }

@@ -198,11 +198,17 @@ func (s *Supervisor) handoff(ctx context.Context) error {
 			return s.cancelHandoff(ctx, err)
 		}
 	}
+	if st := s.db.state(); st.exists && !st.running {
+		// Docker may still be starting it: it goes before the volume is called clean.
+		if err := s.db.kill(ctx); err != nil {
+			return s.cancelHandoff(ctx, err)
+		}
+	}
 	stopped := s.clock.Now()
 	if err := s.lastSnapshot(ctx); err != nil {
 		return s.cancelHandoff(ctx, err)
 	}
-	if err := s.release(ctx, to); err != nil {
+	if err := s.release(ctx, to, s.lease.HandOver); err != nil {
 		// It may have arrived. The lease counts as given up, and the local volume is clean.
 		return err
 	}
@@ -219,7 +225,11 @@ func (s *Supervisor) announce(ctx context.Context, v lease.View, to string) erro
 		return nil
 	}
 	o := &lease.Order{ID: s.nonce(), Kind: lease.OrderSwitchover, Term: v.Record.Term, To: to}
-	if _, err := s.lease.Commit(ctx, v.Record, func(r *lease.Record) { r.Order = o }); err != nil {
+	if _, err := s.lease.Commit(ctx, v.Record, func(r *lease.Record) {
+		if r.Order == nil || r.Order.Term != r.Term {
+			r.Order = o
+		}
+	}); err != nil {
 		return fmt.Errorf("announce handoff: %w", err)
 	}
 	return nil
@@ -302,7 +312,12 @@ func (s *Supervisor) withdraw(ctx context.Context, cause error) error {
 		return nil
 	}
 	ans := &lease.Answer{Order: o.ID, Error: cause.Error(), Hint: api.HintOf(cause)}
-	if _, err := s.lease.Commit(ctx, v.Record, func(r *lease.Record) { r.Order, r.Answer = nil, ans }); err != nil {
+	if _, err := s.lease.Commit(ctx, v.Record, func(r *lease.Record) {
+		if r.Order != nil && r.Order.ID == o.ID {
+			r.Order = nil
+		}
+		r.Answer = ans
+	}); err != nil {
 		return fmt.Errorf("withdraw order: %w", err)
 	}
 	return nil
@@ -352,7 +367,10 @@ func (s *Supervisor) rollbackTo(ctx context.Context, o lease.Order) error {
 		return fmt.Errorf("write rollback: %w", err)
 	}
 	_, err = s.lease.Commit(ctx, r, func(n *lease.Record) {
-		n.Head, n.Order, n.Answer = headOf(next.Ref), nil, &lease.Answer{Order: o.ID}
+		n.Head, n.Answer = headOf(next.Ref), &lease.Answer{Order: o.ID}
+		if n.Order != nil && n.Order.ID == o.ID {
+			n.Order = nil
+		}
 	})
 	if errors.Is(err, lease.ErrUnknown) {
 		err = s.settle(ctx, next.Ref)

@@ -91,6 +91,7 @@ type Supervisor struct {
 	failures   int64
 	syncErr    string
 
+	servedAt   boottime.Instant // when clients were last let in, or the term began
 	termCtx    context.Context
 	termCancel context.CancelFunc
 	term       uint64
@@ -100,6 +101,10 @@ type syncOutcome struct {
 	result api.SyncResult
 	err    error
 }
+
+// hopeless is how many attempts to get the database going must have failed in a row before
+// the term is given to another instance, if there is one.
+const hopeless = 3
 
 // tick is how often the loop looks by itself; everything urgent wakes it.
 const tick = 200 * time.Millisecond
@@ -193,27 +198,19 @@ func (s *Supervisor) Run(ctx context.Context) error {
 // the lease run.
 func (s *Supervisor) resume(ctx context.Context) {
 	err := s.lease.Resume(ctx)
-	s.mu.Lock()
-	s.resuming = false
-	if err == nil {
-		s.job = ActStart // adopting is a start
-	}
-	s.mu.Unlock()
+	var adopting sync.WaitGroup
+	defer adopting.Wait()
 	switch {
 	case err == nil:
-		v := s.lease.View()
-		s.event("resumed", "", fmt.Sprintf("agent restarted inside term %d", v.Record.Term))
-		if err := s.db.adopt(ctx, v.Record.Term, v.Deadline); err != nil {
-			s.log.Warn("container of this term not adopted", "error", err)
-		}
-		s.mu.Lock()
-		s.job = ActNone
-		s.mu.Unlock()
+		// Beside the renewals, which must not wait for a database that is slow to answer.
+		// Until it is done the loop leaves everything as it is.
+		adopting.Go(func() { s.adopt(ctx); s.resumed() })
 	case errors.Is(err, lease.ErrNotYet), ctx.Err() != nil:
+		s.resumed()
 	default:
 		s.log.Warn("term of before the restart not resumed", "error", err)
+		s.resumed()
 	}
-	s.poke()
 	if err := s.lease.Run(ctx); err != nil && ctx.Err() == nil {
 		if errors.Is(err, lease.ErrInstanceInUse) {
 			err = api.WithHint(err, "give every machine its own name: set `instance` in the configuration, or leave it out to use the host's name")
@@ -223,6 +220,26 @@ func (s *Supervisor) resume(ctx context.Context) {
 		s.mu.Unlock()
 		s.poke()
 	}
+}
+
+// adopt takes over the database of before the restart.
+func (s *Supervisor) adopt(ctx context.Context) {
+	v := s.lease.View()
+	s.event("resumed", "", fmt.Sprintf("agent restarted inside term %d", v.Record.Term))
+	if err := s.db.adopt(ctx, v.Record.Term, v.Deadline); err != nil {
+		s.log.Warn("container of this term not adopted", "error", err)
+	}
+	s.mu.Lock()
+	s.syncWanted = true // what the last commit missed is not known: take a new one
+	s.mu.Unlock()
+}
+
+// resumed lets the loop act.
+func (s *Supervisor) resumed() {
+	s.mu.Lock()
+	s.resuming = false
+	s.mu.Unlock()
+	s.poke()
 }
 
 // pruneEvery is how often expired forks are looked for.
@@ -298,6 +315,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 	if o.Holding && s.termCancel == nil {
 		s.termCtx, s.termCancel = context.WithCancel(base)
 		s.term = o.Record.Term
+		s.servedAt = s.clock.Now()
 		s.retainAt = s.clock.Now().Add(s.retainPause())
 		s.db.forgive()
 	}
@@ -322,6 +340,15 @@ func (s *Supervisor) observe() Observation {
 		Job:        s.job, Waiting: map[Action]bool{},
 	}
 	o.Unserved = db.running && !db.serving
+	o.Shaky = s.fails[ActStart] > 0
+	if db.serving {
+		s.servedAt = now
+	}
+	if v.Holding && !db.serving && s.fails[ActStart]+s.fails[ActHydrate]+s.fails[ActSetAside] >= hopeless &&
+		now.Sub(s.servedAt) > time.Duration(v.Record.TTL) {
+		_, o.CantStart = s.members.successor("", s.memberWindow())
+		o.CantHand = s.fails[ActHandoff] >= 2
+	}
 	o.EngineDown, o.EngineLost = db.engineErr != "", db.engineLost(now)
 	if db.engineUps != s.engineUps {
 		// What failed for want of Docker is tried again at once.

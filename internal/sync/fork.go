@@ -38,6 +38,9 @@ type Fork struct {
 func (v *Volume) SetAside(_ context.Context, reason string, head SnapshotRef) (Fork, error) {
 	v.op.Lock()
 	defer v.op.Unlock()
+	if _, err := v.fs.Stat(v.Path()); errors.Is(err, fs.ErrNotExist) && v.State().Phase != PhaseEmpty {
+		return v.finishSetAside()
+	}
 	now := v.cfg.Clock.Wall().UTC()
 	var b [4]byte
 	if _, err := io.ReadFull(v.cfg.Rand, b[:]); err != nil {
@@ -74,6 +77,26 @@ func (v *Volume) SetAside(_ context.Context, reason string, head SnapshotRef) (F
 	return f, nil
 }
 
+// finishSetAside goes on after an attempt that had moved the data already and then failed.
+func (v *Volume) finishSetAside() (Fork, error) {
+	v.dropWork()
+	v.base, v.idx = nil, nil
+	moved := v.State().ID
+	if err := v.freshVolume(); err != nil {
+		return Fork{}, fmt.Errorf("set volume aside: %w", noRoom(err))
+	}
+	forks, err := v.Forks()
+	if err != nil {
+		return Fork{}, err
+	}
+	for _, f := range forks {
+		if f.VolumeID == moved {
+			return f, nil
+		}
+	}
+	return Fork{}, fmt.Errorf("set volume aside: fork of volume %s is not there", moved)
+}
+
 // Forks lists what has been set aside and is still there, newest first.
 func (v *Volume) Forks() ([]Fork, error) { return listForks(v.fs, v.forksDir()) }
 
@@ -91,12 +114,13 @@ func listForks(fsys fsx.FS, dir string) ([]Fork, error) {
 			return nil, fmt.Errorf("list forks: %w", err)
 		}
 		b, err := fsx.ReadFile(fsys, filepath.Join(d, "fork.json"), 1<<20)
-		if err != nil {
-			return nil, fmt.Errorf("read fork: %w", err)
-		}
 		var f Fork
-		if err := json.Unmarshal(b, &f); err != nil {
-			return nil, fmt.Errorf("decode fork %s: %w", e.Name(), err)
+		if err == nil {
+			err = json.Unmarshal(b, &f)
+		}
+		if err != nil {
+			// Somebody has been at it by hand. It is shown, and kept: its age is not known.
+			f = Fork{Reason: "fork.json can't be read: " + err.Error()}
 		}
 		f.Name, f.Path = e.Name(), filepath.Join(d, "volume")
 		out = append(out, f)
@@ -125,7 +149,7 @@ func (v *Volume) PruneForks(keep time.Duration, now time.Time) ([]string, error)
 	var gone []string
 	for _, e := range es {
 		f, ok := whole[e.Name()]
-		if ok && now.Sub(f.Time) <= keep {
+		if ok && (f.Time.IsZero() || now.Sub(f.Time) <= keep) {
 			continue
 		}
 		dir := filepath.Join(v.forksDir(), e.Name())

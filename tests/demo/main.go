@@ -5,8 +5,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -27,7 +29,15 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if *stopOld {
-		if err := cluster.StopKept(stateFile); err != nil {
+		err := cluster.StopKept(stateFile)
+		if errors.Is(err, fs.ErrNotExist) {
+			fmt.Println("nothing is running that an earlier demo left")
+			return
+		}
+		if err == nil {
+			fmt.Println("ended what the demo had left running")
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, "demo:", err)
 			os.Exit(1)
 		}

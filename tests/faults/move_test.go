@@ -2,8 +2,11 @@ package faults
 
 import (
 	"context"
+	"fmt"
+	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -62,12 +65,15 @@ func TestAgentRestartCommand(t *testing.T) {
 	a := c.Instances[0]
 	id, err := a.Container(ctx)
 	must(t, err)
-	// The command waits for the new agent, which here nobody starts but the test.
-	done := make(chan error, 1)
-	go func() { done <- second(a.CLI(ctx, "agent", "restart")) }()
-	must(t, a.WaitAgent(ctx))
-	must(t, a.StartAgent())
-	must(t, <-done)
+	before, err := a.Status(ctx)
+	must(t, err)
+	must(t, second(a.CLI(ctx, "agent", "restart")))
+	after, err := a.Status(ctx)
+	must(t, err)
+	if after.Incarnation == before.Incarnation || after.Term != before.Term {
+		t.Errorf("incarnation %s -> %s, term %d -> %d: want a new start in the same term",
+			before.Incarnation, after.Incarnation, before.Term, after.Term)
+	}
 	within(t, ctx, 10*time.Second, "agent is primary again", func() bool { return a.Is(ctx, "primary") })
 	if now, _ := a.Container(ctx); now != id {
 		t.Errorf("container changed from %.12s to %.12s", id, now)
@@ -137,6 +143,40 @@ func TestSwitchover(t *testing.T) {
 	t.Logf("%d writes, longest gap %s", len(acks), gap)
 }
 
+// TestSwitchoverThatWasNone: the primary can't hear the order and its lease runs out. The
+// command must not say that nothing was lost.
+func TestSwitchoverThatWasNone(t *testing.T) {
+	c, ctx := start(t, 2, func(o *cluster.Options) { o.Schedule = "@every 1h" })
+	a, b := c.Instances[0], c.Instances[1]
+	must(t, second(a.Exec(ctx, "psql", "-U", "postgres", "-c", "create table lost (n int)")))
+	must(t, a.SignalAgent(syscall.SIGSTOP))
+	out, err := b.CLI(ctx, "switchover")
+	must(t, err)
+	if strings.Contains(out, "nothing was lost") {
+		t.Errorf("a move without a handoff is called lossless:\n%s", out)
+	}
+	if _, err := b.Exec(ctx, "psql", "-U", "postgres", "-c", "select * from lost"); err == nil {
+		t.Error("nothing was lost after all: this test proves nothing")
+	}
+}
+
+// TestCannotStart: the instance that takes over can't run the database, because its port is
+// taken. It gives the term on instead of keeping it for ever.
+func TestCannotStart(t *testing.T) {
+	c, ctx := start(t, 2)
+	a, b := c.Instances[0], c.Instances[1]
+	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", b.Port))
+	must(t, err)
+	defer func() { _ = l.Close() }()
+	must(t, second(a.CLI(ctx, "switchover")))
+	within(t, ctx, 60*time.Second, "the term comes back", func() bool { return a.Is(ctx, "primary") })
+	st, err := b.Status(ctx)
+	must(t, err)
+	if st.LastError == nil || !strings.Contains(st.LastError.What, "start") {
+		t.Errorf("status of %s does not say why: %+v", b.Name, st.LastError)
+	}
+}
+
 // TestStopHandsOff: an explicit stop of the agent is a planned move.
 func TestStopHandsOff(t *testing.T) {
 	c, ctx := start(t, 2)
@@ -172,6 +212,11 @@ func TestPaused(t *testing.T) {
 	c, ctx := start(t, 2)
 	a, b := c.Instances[0], c.Instances[1]
 	must(t, second(a.CLI(ctx, "pause")))
+	// What an operator asks for is done all the same.
+	must(t, second(a.CLI(ctx, "switchover")))
+	must(t, second(c.WaitPrimary(ctx, a)))
+	must(t, a.WaitWarm(ctx))
+	a, b = b, a
 	must(t, a.Crash(ctx))
 	quiet, cancel := context.WithTimeout(ctx, 2*c.TTL)
 	defer cancel()

@@ -145,7 +145,7 @@ func testFields(t *testing.T, b Backend) {
 		TTL:    lease.Duration(1500 * time.Millisecond),
 		Head:   &lease.Head{ID: "7-3-x", Manifest: "manifests/7-3-x", Hash: "00ff", Term: 7, Seq: 3, Frozen: now},
 		GCSeq:  4, Catalog: "catalogs/1", CatalogHash: "ab", ImageDigest: "sha256:1",
-		Released: true, Successor: "g", Paused: true,
+		Released: true, Complete: true, Inherited: true, Successor: "g", Paused: true,
 		Answer:   &lease.Answer{Order: "p", Error: "q", Hint: "r"},
 		Order:    &lease.Order{ID: "o", Kind: lease.OrderRollback, Term: 7, To: "h", Snapshot: "s"},
 		CleanSeq: 1<<64 - 1, By: "i", Wall: now,
