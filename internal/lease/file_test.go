@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -487,5 +488,48 @@ func TestSwapAboveTheNewest(t *testing.T) {
 	want(t, err, lease.ErrWentBack)
 	if left := names(t, registerDir(t, cfg.Share)); len(left) != 1 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// slowListing is a directory that is listed while more records are made than are kept: its
+// first listing shows nothing above a stray record.
+type slowListing struct {
+	fsx.FS
+	stray uint64
+	times int
+}
+
+func (s *slowListing) ReadDir(path string) ([]fs.DirEntry, error) {
+	es, err := s.FS.ReadDir(path)
+	if s.times++; s.times > 1 || err != nil {
+		return es, err
+	}
+	return slices.DeleteFunc(es, func(e fs.DirEntry) bool {
+		v, err := strconv.ParseUint(e.Name(), 10, 64)
+		return err == nil && v > s.stray
+	}), nil
+}
+
+// TestSlowListingIsNotBelieved: a stray record of a number that was freed long ago is not
+// taken for the newest one, although the listing shows nothing newer.
+func TestSlowListingIsNotBelieved(t *testing.T) {
+	cfg := newShare(t, quickFS{})
+	r := mustOpen(t, cfg)
+	first := grow(t, r, mustLoad(t, r), 1) // version 2
+	stray := filepath.Join(registerDir(t, cfg.Share), strconv.FormatUint(first.Version, 10))
+	kept, err := os.ReadFile(stray)
+	must(t, err)
+	newest := grow(t, r, first, 100)
+	must(t, r.Prune(testContext(t)))
+	must(t, os.WriteFile(stray, kept, 0o600))
+	slow := &slowListing{FS: quickFS{}, stray: first.Version}
+	cfg.FS = slow
+	late := mustOpen(t, cfg)
+	slow.times = 0
+	if got := mustLoad(t, late); got.Version != newest.Version {
+		t.Errorf("loaded version %d, the newest is %d", got.Version, newest.Version)
+	}
+	if slow.times < 2 {
+		t.Error("one listing was enough: this test shows nothing")
 	}
 }
