@@ -36,11 +36,7 @@ func (a *app) restoreCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s, err := openShare(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
-			list, err := s.snapshots(cmd.Context())
+			s, list, err := openSnapshots(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}

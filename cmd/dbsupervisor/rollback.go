@@ -24,11 +24,7 @@ func (a *app) rollbackCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s, err := openShare(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
-			list, err := s.snapshots(cmd.Context())
+			_, list, err := openSnapshots(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}

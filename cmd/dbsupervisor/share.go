@@ -61,6 +61,16 @@ func openShare(ctx context.Context, cfg *config.Config) (*share, error) {
 	return &share{register: reg, record: rec, store: store}, nil
 }
 
+// openSnapshots opens the share and lists what can be restored, newest first.
+func openSnapshots(ctx context.Context, cfg *config.Config) (*share, []volsync.SnapshotInfo, error) {
+	s, err := openShare(ctx, cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	list, err := s.snapshots(ctx)
+	return s, list, err
+}
+
 func openStore(cfg *config.Config, log hclog.Logger) (*volsync.Store, error) {
 	return volsync.OpenStore(volsync.StoreConfig{FS: fsx.OS{}, Dir: cfg.Share, Log: log, Rand: rand.Reader, Workers: cfg.Sync.Workers})
 }

@@ -21,11 +21,7 @@ func (a *app) snapshotsCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		s, err := openShare(cmd.Context(), cfg)
-		if err != nil {
-			return err
-		}
-		snaps, err := s.snapshots(cmd.Context())
+		_, snaps, err := openSnapshots(cmd.Context(), cfg)
 		if err != nil {
 			return err
 		}
@@ -86,11 +82,7 @@ func (a *app) verifyCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s, err := openShare(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
-			snaps, err := s.snapshots(cmd.Context())
+			s, snaps, err := openSnapshots(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}

@@ -203,8 +203,6 @@ func text(err error) string {
 	return err.Error()
 }
 
-func cutArrow(move string) (from, to string, ok bool) { return strings.Cut(move, " -> ") }
-
 // Sync implements api.Agent.
 func (s *Supervisor) Sync(ctx context.Context, report api.Report) (api.SyncResult, error) {
 	if !s.lease.View().Holding {

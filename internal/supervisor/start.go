@@ -135,23 +135,12 @@ func (d *database) image(ctx context.Context, r startRequest) (string, error) {
 		return want, nil
 	}
 	// A tag that has moved on must not upgrade a database in a failover.
-	pinned := pin(want, r.Digest)
-	if _, perr := d.cfg.Docker.EnsureImage(ctx, pinned, "missing", r.Progress); perr == nil {
+	if _, perr := d.cfg.Docker.EnsureImage(ctx, r.Digest, "missing", r.Progress); perr == nil {
 		r.Note(fmt.Sprintf("%s is another image here (%s); running %s, which last wrote the volume", want, short(digest), short(r.Digest)))
-		return pinned, nil
+		return r.Digest, nil
 	}
 	r.Note(fmt.Sprintf("the image that last wrote the volume (%s) can't be had here; running %s (%s)", short(r.Digest), want, short(digest)))
 	return want, nil
-}
-
-// pin turns name:tag into what names exactly the image with this digest: name@digest for
-// a registry's digest, the ID alone for an image that was never in a registry.
-func pin(ref, digest string) string {
-	if name, sum, ok := strings.Cut(digest, "@"); ok {
-		return name + "@" + sum
-	}
-	_ = ref
-	return digest
 }
 
 func short(digest string) string {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -395,7 +396,7 @@ func (s *Supervisor) transition(from State, d Decision, term uint64) {
 
 func (s *Supervisor) event(kind, move, text string) {
 	ev := api.Event{At: s.clock.Wall(), Instance: s.set.Instance, Term: s.lease.View().Record.Term, Kind: kind, Text: text}
-	if from, to, ok := cutArrow(move); ok {
+	if from, to, ok := strings.Cut(move, " -> "); ok {
 		ev.From, ev.To = from, to
 	}
 	if err := s.events.add(ev); err != nil {
