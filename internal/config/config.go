@@ -60,8 +60,24 @@ type Lease struct {
 type Sync struct {
 	// Schedule is a cron expression or "@every 30s". Default "@every 1m".
 	Schedule string `yaml:"schedule"`
+	// Interval is the short form of Schedule "@every Interval", down to 1s, in whole
+	// seconds. Only one of the two may be set.
+	Interval time.Duration `yaml:"interval"`
+	// MaxInterval is the longest time between two snapshots that the primary may choose by
+	// itself while the share is slow. Default 2m, or twice Interval where that is longer.
+	MaxInterval time.Duration `yaml:"max_interval"`
+	// Tier says how change is found: "auto" (the best that this machine can), "tracked"
+	// (eBPF; refuses to run without) or "hashed".
+	Tier string `yaml:"tier"`
+	// Rehash is how many bytes of the volume are read per second to prove the tracker: a
+	// difference is an alarm. Default 4MiB; 0 means none.
+	Rehash Size `yaml:"rehash"`
+	// SpareCopy says whether a standby refreshes into a copy that nobody uses, so that its
+	// old state stays usable until the new one is whole: "auto" (a reflink clone where the
+	// file system has them, else a second copy where the disk has room for it) or "never".
+	SpareCopy string `yaml:"spare_copy"`
 	// MaxFreeze bounds how long the database may stand still for a snapshot; a capture
-	// that would take longer is given up. Default 2s, less when the lease's times leave
+	// that would take longer is given up. Default 250ms, less when the lease's times leave
 	// no room for it.
 	MaxFreeze time.Duration `yaml:"max_freeze"`
 	// Workers is how many files are read, compressed or restored at once. Default: CPUs.
@@ -74,12 +90,22 @@ type Sync struct {
 }
 
 // Retention says how long snapshots stay: every one for All, one an hour for Hourly, one
-// a day for Daily. Grace is the time between condemning and deleting.
+// a day for Daily. Grace is the time between condemning and deleting. The rest is the
+// upkeep of what stays.
 type Retention struct {
 	All    time.Duration `yaml:"all"`    // default 1h
 	Hourly time.Duration `yaml:"hourly"` // default 24h
 	Daily  time.Duration `yaml:"daily"`  // default 168h
 	Grace  time.Duration `yaml:"grace"`  // default 1h
+	// CompactBelow is the share of live blocks, in percent, below which a pack's live
+	// blocks are written anew so that the pack can go. Default 30; 0 means never.
+	CompactBelow int `yaml:"compact_below"`
+	// Verify is the time in which every file of the store has been read and checked once,
+	// the one that was checked longest ago first. Default 168h; 0 means never.
+	Verify time.Duration `yaml:"verify"`
+	// Rate bounds how many bytes per second compaction and verification move together.
+	// Default 16MiB.
+	Rate Size `yaml:"rate"`
 }
 
 // Database describes the container. What is not set comes from the engine's profile; a

@@ -33,7 +33,7 @@ func TestDefaults(t *testing.T) {
 		t.Errorf("instance %q, host's name %q, %v", c.Instance, host, err)
 	}
 	want.Lease = Lease{Backend: "file", TTL: 10 * time.Second, RenewInterval: 2 * time.Second, OpTimeout: 2 * time.Second, Margin: 2 * time.Second}
-	want.Sync.MaxFreeze = 2 * time.Second
+	want.Sync.MaxFreeze, want.Sync.MaxInterval = 250*time.Millisecond, 2*time.Minute
 	if d := Diff(c, want); d != nil {
 		t.Errorf("differs in %v", d)
 	}
@@ -52,11 +52,27 @@ func TestPartialSectionsKeepDefaults(t *testing.T) {
 	}
 }
 
+// The short form of the schedule, and what follows from it.
+func TestInterval(t *testing.T) {
+	for give, want := range map[string]Sync{
+		"interval: 1s": {Schedule: "@every 1s", MaxInterval: 2 * time.Minute},
+		"interval: 2m": {Schedule: "@every 2m", MaxInterval: 4 * time.Minute},
+	} {
+		c := parse(t, minimal+"sync: {"+give+"}\n")
+		if c.Sync.Schedule != want.Schedule || c.Sync.MaxInterval != want.MaxInterval {
+			t.Errorf("%s: %+v", give, c.Sync)
+		}
+		if _, err := ParseSchedule(c.Sync.Schedule); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // Whoever sets only the ttl must get times that fit it.
 func TestTimesFollowTTL(t *testing.T) {
 	for _, ttl := range []string{"3s", "4s", "5s", "10s", "30s", "1m", "10m"} {
 		c := parse(t, minimal+"lease: {ttl: "+ttl+", margin: null}\n")
-		if c.Lease.Margin < time.Second || c.Lease.RenewInterval <= 0 || c.Sync.MaxFreeze <= 0 || c.Sync.MaxFreeze > 2*time.Second {
+		if c.Lease.Margin < time.Second || c.Lease.RenewInterval <= 0 || c.Sync.MaxFreeze <= 0 || c.Sync.MaxFreeze > 250*time.Millisecond {
 			t.Errorf("ttl %s: %+v, freeze %s", ttl, c.Lease, c.Sync.MaxFreeze)
 		}
 	}
@@ -78,8 +94,8 @@ dir: /data/shop
 run_dir: /run/x
 init: once
 lease: {backend: file, ttl: 20s, renew_interval: 3s, op_timeout: 2500ms, margin: 4s}
-sync: {schedule: "*/5 * * * *", max_freeze: 1500ms, workers: 3, min_free: 1GB, fork_keep: 24h}
-retention: {all: 2h, hourly: 48h, daily: 240h, grace: 30m}
+sync: {schedule: "@every 5m", interval: 5m, max_interval: 2h, tier: hashed, rehash: 1MiB, spare_copy: never, max_freeze: 1500ms, workers: 3, min_free: 1GB, fork_keep: 24h}
+retention: {all: 2h, hourly: 48h, daily: 240h, grace: 30m, compact_below: 50, verify: 1h, rate: 1MiB}
 database:
   engine: postgres
   image: img:1
@@ -117,9 +133,12 @@ log: {level: debug, json: true}
 	want := &Config{
 		Cluster: "shop", Instance: "db-1", Zone: "eu-1a", Advertise: "10.0.0.1", Share: "/mnt/efs/shop", ShareMount: "/mnt/efs",
 		Dir: "/data/shop", RunDir: "/run/x", Init: "once",
-		Lease:     Lease{Backend: "file", TTL: 20 * time.Second, RenewInterval: 3 * time.Second, OpTimeout: 2500 * time.Millisecond, Margin: 4 * time.Second},
-		Sync:      Sync{Schedule: "*/5 * * * *", MaxFreeze: 1500 * time.Millisecond, Workers: 3, MinFree: 1e9, ForkKeep: 24 * time.Hour},
-		Retention: Retention{All: 2 * time.Hour, Hourly: 48 * time.Hour, Daily: 240 * time.Hour, Grace: 30 * time.Minute},
+		Lease: Lease{Backend: "file", TTL: 20 * time.Second, RenewInterval: 3 * time.Second, OpTimeout: 2500 * time.Millisecond, Margin: 4 * time.Second},
+		Sync: Sync{
+			Schedule: "@every 5m", Interval: 5 * time.Minute, MaxInterval: 2 * time.Hour, Tier: "hashed", Rehash: 1 << 20, SpareCopy: "never",
+			MaxFreeze: 1500 * time.Millisecond, Workers: 3, MinFree: 1e9, ForkKeep: 24 * time.Hour,
+		},
+		Retention: Retention{All: 2 * time.Hour, Hourly: 48 * time.Hour, Daily: 240 * time.Hour, Grace: 30 * time.Minute, CompactBelow: 50, Verify: time.Hour, Rate: 1 << 20},
 		Database: Database{
 			Engine: "postgres", Image: "img:1", Pull: "never", Entrypoint: []string{"/e"}, Command: []string{"a", "b"},
 			Env:     map[string]string{"A": "x", "N": "0123", "D": "1.50", "Y": "yes", "T": "true", "X": "yaml"},
@@ -244,6 +263,13 @@ func TestErrors(t *testing.T) {
 		// sync and retention
 		{"schedule", minimal + "sync:\n  schedule: sometimes\n", "c.yaml:5: sync.schedule: is not a schedule", "@every 1m"},
 		{"schedule that the library panics on", minimal + "sync:\n  schedule: TZ=\n", "c.yaml:5: sync.schedule: is not a schedule", "@every 1m"},
+		{"interval beside schedule", minimal + "sync:\n  schedule: \"@every 1m\"\n  interval: 5s\n", "c.yaml:6: sync.interval: says something else than sync.schedule", "remove one"},
+		{"interval too short", minimal + "sync:\n  interval: 500ms\n", "c.yaml:5: sync.interval: must be whole seconds", "5s"},
+		{"max_interval", minimal + "sync:\n  interval: 1m\n  max_interval: 30s\n", "c.yaml:6: sync.max_interval: must not be shorter", ""},
+		{"tier", minimal + "sync:\n  tier: fast\n", "c.yaml:5: sync.tier: ", "hashed"},
+		{"spare_copy", minimal + "sync:\n  spare_copy: two\n", "c.yaml:5: sync.spare_copy: ", "never"},
+		{"compact_below", minimal + "retention:\n  compact_below: 95\n", "c.yaml:5: retention.compact_below: ", ""},
+		{"rate", minimal + "retention:\n  rate: 0\n", "c.yaml:5: retention.rate: ", ""},
 		{"max_freeze zero", minimal + "sync:\n  max_freeze: 0s\n", "c.yaml:5: sync.max_freeze: must be more than 0", ""},
 		{"workers", minimal + "sync:\n  workers: 0\n", "c.yaml:5: sync.workers: ", "CPU"},
 		{"fork_keep", minimal + "sync:\n  fork_keep: -1h\n", "c.yaml:5: sync.fork_keep: ", ""},
@@ -377,7 +403,7 @@ func TestExample(t *testing.T) {
 	full := parse(t, strings.Join(open, "\n"))
 	// Keys whose example differs from the default on purpose.
 	free := map[string]bool{
-		"instance": true, "zone": true, "advertise": true, "sync.workers": true, "database.env": true, "database.ports": true, "database.command": true,
+		"instance": true, "zone": true, "sync.interval": true, "advertise": true, "sync.workers": true, "database.env": true, "database.ports": true, "database.command": true,
 		"database.user": true, "database.mounts": true, "database.memory": true, "database.cpus": true, "database.ulimits": true,
 		// from the profile:
 		"database.data_path": true, "database.stop_signal": true, "database.stop_timeout": true, "database.shm_size": true, "database.probe": true,

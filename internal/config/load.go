@@ -92,10 +92,16 @@ func Parse(name string, data []byte) (*Config, error) {
 // Default is a configuration with every default that does not depend on other keys.
 func Default() *Config {
 	return &Config{
-		Init:      "never",
-		Lease:     Lease{Backend: "file", TTL: 10 * time.Second},
-		Sync:      Sync{Schedule: "@every 1m", Workers: runtime.NumCPU(), MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour},
-		Retention: Retention{All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour, Grace: time.Hour},
+		Init:  "never",
+		Lease: Lease{Backend: "file", TTL: 10 * time.Second},
+		Sync: Sync{
+			Schedule: "@every 1m", Tier: "auto", Rehash: 4 << 20, SpareCopy: "auto",
+			Workers: runtime.NumCPU(), MinFree: 256 << 20, ForkKeep: 7 * 24 * time.Hour,
+		},
+		Retention: Retention{
+			All: time.Hour, Hourly: 24 * time.Hour, Daily: 7 * 24 * time.Hour, Grace: time.Hour,
+			CompactBelow: 30, Verify: 7 * 24 * time.Hour, Rate: 16 << 20,
+		},
 		Database: Database{
 			Pull: "missing", Network: "bridge", ProbeInterval: 2 * time.Second, ProbeTimeout: 5 * time.Second,
 			StartTimeout: 5 * time.Minute, MaxRestarts: 3, RestartWindow: 10 * time.Minute,
@@ -132,7 +138,13 @@ func (c *Config) derive() error {
 	}
 	if !c.Has("sync.max_freeze") {
 		// At least something, so that times that don't fit are blamed on the lease's keys.
-		c.Sync.MaxFreeze = max(time.Millisecond, min(2*time.Second, (l.TTL-l.Margin-l.RenewInterval)/2))
+		c.Sync.MaxFreeze = max(time.Millisecond, min(250*time.Millisecond, (l.TTL-l.Margin-l.RenewInterval)/2))
+	}
+	if c.Has("sync.interval") && !c.Has("sync.schedule") {
+		c.Sync.Schedule = every(c.Sync.Interval)
+	}
+	if !c.Has("sync.max_interval") {
+		c.Sync.MaxInterval = max(2*time.Minute, 2*c.Sync.Interval)
 	}
 	for _, p := range []*string{&c.Share, &c.ShareMount, &c.Dir, &c.RunDir} {
 		if *p != "" {

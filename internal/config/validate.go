@@ -135,14 +135,38 @@ func (v *validator) sync() {
 	if _, err := ParseSchedule(s.Schedule); err != nil {
 		v.need(false, "sync.schedule", "is not a schedule", `use "@every 1m" or five cron fields, such as "*/5 * * * *"`)
 	}
-	v.need(s.MaxFreeze > 0, "sync.max_freeze", "must be more than 0", "use for example 2s")
+	if v.c.Has("sync.interval") {
+		v.need(s.Schedule == every(s.Interval), "sync.interval", "says something else than sync.schedule", "remove one of the two")
+		v.need(s.Interval >= time.Second && s.Interval%time.Second == 0, "sync.interval", "must be whole seconds, at least 1s", "use for example 5s")
+		v.need(s.MaxInterval >= s.Interval, "sync.max_interval", "must not be shorter than sync.interval", "leave it out, or use for example 1m")
+	}
+	v.need(s.MaxInterval >= time.Second, "sync.max_interval", "must be at least 1s", "leave it out, or use for example 1m")
+	v.need(slices.Contains([]string{"auto", "tracked", "hashed"}, s.Tier), "sync.tier", "is not a known tier", `use "auto", "tracked" or "hashed"`)
+	v.need(s.Rehash >= 0, "sync.rehash", "must not be negative", "use for example 4MiB; 0 means none")
+	v.need(s.SpareCopy == "auto" || s.SpareCopy == "never", "sync.spare_copy", "is not a known value", `use "auto" or "never"`)
+	v.need(s.MaxFreeze > 0, "sync.max_freeze", "must be more than 0", "use for example 250ms")
 	v.need(s.Workers >= 1 && s.Workers <= 1024, "sync.workers", "must be between 1 and 1024", "leave it out to use one worker per CPU")
 	v.need(s.MinFree >= 0, "sync.min_free", "must not be negative", "use for example 256MiB")
 	v.need(s.ForkKeep >= 0, "sync.fork_keep", "must not be negative", "use for example 168h")
 	v.need(r.All >= 0, "retention.all", "must not be negative", "use for example 1h")
 	v.need(r.Hourly >= 0, "retention.hourly", "must not be negative", "use for example 24h; 0 keeps none by the hour")
 	v.need(r.Daily >= 0, "retention.daily", "must not be negative", "use for example 168h; 0 keeps none by the day")
+	v.need(r.CompactBelow >= 0 && r.CompactBelow <= 90, "retention.compact_below", "must be between 0 and 90 percent", "leave it out, or use 0 to keep packs as they are")
+	v.need(r.Verify >= 0, "retention.verify", "must not be negative", "use for example 168h; 0 means never")
+	v.need(r.Rate > 0, "retention.rate", "must be more than 0", "use for example 16MiB")
 	v.need(r.Grace > 0, "retention.grace", "must be more than 0", "readers of old snapshots need time to finish; use for example 1h")
+}
+
+// every is an interval as a schedule.
+func every(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return "@every " + s
 }
 
 // ParseSchedule reads a cron expression of five fields or a descriptor such as "@every 1m".
