@@ -28,7 +28,11 @@ func TestBadConfiguration(t *testing.T) {
 	must(t, err)
 	good, err := os.ReadFile(i.Config)
 	must(t, err)
-	must(t, os.WriteFile(i.Config, []byte(strings.Replace(string(good), "  ttl: 4s", "  ttl: 1s", 1)), 0o600))
+	bad := strings.Replace(string(good), "  ttl: "+c.TTL.String(), "  ttl: 1s", 1)
+	if bad == string(good) {
+		t.Fatal("the configuration could not be spoilt")
+	}
+	must(t, os.WriteFile(i.Config, []byte(bad), 0o600))
 	said := refused(t, c, i)
 	if !strings.Contains(said, filepath.Base(i.Config)+":") || !strings.Contains(said, "hint:") {
 		t.Errorf("want file, line and hint:\n%s", said)
