@@ -41,16 +41,19 @@ runs() {
 	small lease    -                   -DN=3,-DSUSPEND   ok
 	small gc       -                   -                 ok
 	small handoff  -                   -DW=2             ok
+	small pin      -                   -                 ok
 	full  register -                   -DN=3,-DMAXV=4    ok
 	full  register -                   -DLATE=2          ok
 	full  register -                   -DMAXV=6,-DKEEP=3 ok
 	full  gc       -                   -DT=3,-DS=3       ok
 	full  handoff  -                   -DW=3             ok
 	full  handoff  -                   -DN=3,-DW=1       ok
+	full  pin      -                   -DR=2,-DS=3       ok
 	small register SHOW                -                 shown
 	small lease    SHOW                -                 shown
 	small gc       SHOW                -                 shown
 	small handoff  SHOW                -DW=2             shown
+	small pin      SHOW                -                 shown
 	small register NO_PRED_CHECK       -                 swap_counted
 	small register NO_PRED_READBACK    -                 swap_counted
 	small register NO_LISTING          -                 loaded_record
@@ -87,6 +90,11 @@ runs() {
 	small handoff  NO_STOP_FIRST       -DW=2             handoff_kept
 	small handoff  NO_COMMIT_FIRST     -DW=2             handoff_kept
 	small handoff  NO_FORK             -DW=2             head_on_disk|fork_stays_out|head
+	small pin      NO_PINS             -                 pinned_read
+	small pin      PINS_BEFORE         -                 pinned_read
+	small pin      NO_SECOND_LOOK      -                 pinned_read
+	small pin      CONDEMNED_ONLY      -                 pinned_read
+	small pin      PIN_AFTER           -                 pinned_read
 	END
 }
 
