@@ -196,6 +196,13 @@ func (s *Supervisor) hydrate(ctx context.Context) error {
 		return fmt.Errorf("bring volume to %s: %w", v.Record.Head.ID, err)
 	}
 	s.log.Debug("volume hydrated", "head", v.Record.Head.ID, "stats", fmt.Sprintf("%+v", stats))
+	s.mu.Lock()
+	changed := stats.Copy != s.copied && stats.Copy != ""
+	s.copied = stats.Copy
+	s.mu.Unlock()
+	if changed {
+		s.log.Info("way of following head", "copy", stats.Copy, "why", stats.Why)
+	}
 	return nil
 }
 

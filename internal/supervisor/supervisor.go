@@ -67,6 +67,7 @@ type Supervisor struct {
 	fails     map[Action]int              // in a row
 	progress  *api.Progress
 	problem   *api.Problem
+	copied    string // how the volume was kept while it followed head last
 
 	engineUps  int // Docker's recoveries so far
 	resuming   bool

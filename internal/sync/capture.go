@@ -75,6 +75,12 @@ func (v *Volume) Capture(ctx context.Context, req CaptureRequest) (*Capture, err
 	v.op.Lock()
 	defer v.op.Unlock()
 	c, err := v.capture(ctx, req)
+	if errors.Is(err, ErrNoRoom) {
+		// The second copy gives way, also to the database: it may be short of room itself.
+		if gone, gerr := v.giveWay(err.Error()); gerr == nil && gone {
+			c, err = v.capture(ctx, req)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("capture volume: %w", err)
 	}
@@ -95,6 +101,11 @@ func (v *Volume) capture(ctx context.Context, req CaptureRequest) (*Capture, err
 	}
 	if req.MaxFreeze <= 0 {
 		req.MaxFreeze = defaultMaxFreeze
+	}
+	if err := room(v.cfg.Dir, v.cfg.MinFree, 0); errors.Is(err, ErrNoRoom) {
+		if _, err := v.giveWay(err.Error()); err != nil {
+			return nil, err
+		}
 	}
 	if v.pend == nil {
 		sp, err := v.newSpool()

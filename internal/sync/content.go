@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -26,35 +25,25 @@ func (a *applier) stageBlocks(ctx context.Context, s *Store, sp *spool) error {
 				return err
 			}
 			t.slots[i] = slot
-			// The tag turns a slot back into a block of the file.
-			wants = append(wants, Want{Pack: e.Pack, Block: e.PackBlock, Count: e.Count, At: slot, Tag: staged{t, slot, e.Start}})
+			wants = append(wants, Want{Pack: e.Pack, Block: e.PackBlock, Count: e.Count, At: slot})
 		}
 	}
-	return s.Read(ctx, a.tree, wants, func(w Want, data []byte) error {
-		st := w.Tag.(staged)
-		if err := a.step("stage-write", "spool"); err != nil {
-			return err
+	return s.readFrames(ctx, a.tree, wants, a.foots, "fetching", func(wants []Want, data []byte, first uint64) error {
+		for _, w := range wants {
+			if err := a.step("stage-write", "spool"); err != nil {
+				return err
+			}
+			if err := sp.write(w.At, data[(w.Block-first)*BlockSize:][:w.Count*BlockSize]); err != nil {
+				return err
+			}
 		}
-		setCodes(st.t.codes[st.start+(w.At-st.slot):], data)
-		return sp.write(w.At, data)
+		return nil
 	}, a.progress)
-}
-
-type staged struct {
-	t     *target
-	slot  uint64
-	start uint64
-}
-
-func setCodes(codes []code, data []byte) {
-	for i := range len(data) / BlockSize {
-		codes[i] = blockCode(data[i*BlockSize : (i+1)*BlockSize])
-	}
 }
 
 // applyStaged writes the files from the spool.
 func (a *applier) applyStaged(ctx context.Context, sp *spool) error {
-	return a.eachFile(ctx, func(ctx context.Context, t *target) error {
+	err := a.eachFile(ctx, func(ctx context.Context, t *target) error {
 		f, err := a.prepare(t)
 		if err != nil || f == nil {
 			return err
@@ -62,6 +51,10 @@ func (a *applier) applyStaged(ctx context.Context, sp *spool) error {
 		err = a.writeStaged(ctx, t, f, sp)
 		return closeWritten(f, err)
 	})
+	if err != nil {
+		return err
+	}
+	return a.link(ctx)
 }
 
 func (a *applier) writeStaged(ctx context.Context, t *target, f *os.File, sp *spool) error {
@@ -82,7 +75,7 @@ func (a *applier) writeStaged(ctx context.Context, t *target, f *os.File, sp *sp
 			if err := sp.read(t.slots[i]+at, chunk); err != nil {
 				return err
 			}
-			if err := a.write(t, f, e.Start+at, chunk); err != nil {
+			if err := a.write(t, f, e.Start+at, chunk, nil); err != nil {
 				return err
 			}
 			at += n
@@ -91,22 +84,24 @@ func (a *applier) writeStaged(ctx context.Context, t *target, f *os.File, sp *sp
 	return nil
 }
 
-// applyDirect writes the files as their blocks come from the store, after what donors have
-// been good for.
+// applyDirect writes the files: what sources have, then the rest as it comes from the store.
 func (a *applier) applyDirect(ctx context.Context, s *Store) error {
 	err := a.eachFile(ctx, func(ctx context.Context, t *target) error {
 		f, err := a.prepare(t)
 		if err != nil || f == nil {
 			return err
 		}
-		for _, d := range a.donors {
-			if err == nil && t.fresh {
-				err = a.fromDonor(ctx, t, f, d)
+		for _, src := range a.sources {
+			if err == nil && t.want != nil && dataOf(t.todo) > 0 {
+				err = a.fromSource(ctx, t, f, src)
 			}
 		}
 		return closeWritten(f, err)
 	})
 	if err != nil {
+		return err
+	}
+	if err := a.link(ctx); err != nil {
 		return err
 	}
 	var wants []Want
@@ -117,72 +112,37 @@ func (a *applier) applyDirect(ctx context.Context, s *Store) error {
 			}
 		}
 	}
-	return s.Read(ctx, a.tree, wants, func(w Want, data []byte) error {
-		t := w.Tag.(*target)
-		f, err := os.OpenFile(t.handle, os.O_WRONLY|unix.O_NOFOLLOW, 0)
-		if err != nil {
-			return err
-		}
-		setCodes(t.codes[w.At:], data)
-		return closeWritten(f, a.write(t, f, w.At, data))
-	}, a.progress)
+	return s.readFrames(ctx, a.tree, wants, a.foots, "", a.writeFrame, nil)
 }
 
-// fromDonor copies the blocks that another directory's file of that name has in common,
-// and takes them off the list.
-func (a *applier) fromDonor(ctx context.Context, t *target, f *os.File, donor string) error {
-	root, err := os.Open(donor)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	src, err := openBelow(int(root.Fd()), t.names[0])
-	if err != nil {
-		return nil // it has no such file
-	}
-	defer src.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(src.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil
-	}
-	have := make([]code, len(t.codes)) // what has been copied
-	n := min(blocksOf(st.Size), uint64(len(have)))
-	err = readBlocks(ctx, src, st.Size, st.Blocks*512, 0, n, func(first uint64, codes []code, data []byte) error {
-		if data == nil {
-			return nil
+// writeFrame puts the blocks of one frame into their files.
+func (a *applier) writeFrame(wants []Want, data []byte, first uint64) (err error) {
+	var f *os.File
+	var of *target
+	defer func() {
+		if f != nil {
+			err = closeWritten(f, err)
 		}
-		for i := 0; i < len(codes); {
-			end := i
-			for end < len(codes) && codes[end].kind() == ExtentData && codes[end] == t.codes[first+uint64(end)] {
-				end++
+	}()
+	for _, w := range wants {
+		t := w.Tag.(*target)
+		if t != of {
+			if f != nil {
+				if err := closeWritten(f, nil); err != nil {
+					f = nil
+					return err
+				}
 			}
-			if end == i {
-				i++
-				continue
-			}
-			chunk := data[i*BlockSize : end*BlockSize]
-			if err := a.write(t, f, first+uint64(i), chunk); err != nil {
+			if f, err = os.OpenFile(t.handle, os.O_WRONLY|unix.O_NOFOLLOW, 0); err != nil {
+				f = nil
 				return err
 			}
-			a.reused.Add(int64(len(chunk)))
-			copy(have[first+uint64(i):], codes[i:end])
-			i = end
+			of = t
 		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("copy from %s: %w", filepath.Join(donor, t.names[0]), err)
-	}
-	var rest []Extent
-	for _, e := range t.todo {
-		if e.Kind != ExtentData {
-			rest = append(rest, e)
-			continue
+		if err := a.write(t, f, w.At, data[(w.Block-first)*BlockSize:][:w.Count*BlockSize], nil); err != nil {
+			return err
 		}
-		in := Inode{Extents: []Extent{e}}
-		rest = append(rest, diffCodes(have, t.codes, &in)...)
 	}
-	t.todo = rest
 	return nil
 }
 
@@ -191,7 +151,7 @@ func (a *applier) eachFile(ctx context.Context, f func(context.Context, *target)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(a.workers, 1))
 	for _, t := range a.order {
-		if t.in.Type != TypeRegular || len(t.todo) == 0 && t.size == t.in.Size {
+		if t.in.Type != TypeRegular || t.handle != "" && len(t.todo) == 0 && t.size == t.in.Size {
 			continue
 		}
 		g.Go(func() error {
@@ -204,19 +164,27 @@ func (a *applier) eachFile(ctx context.Context, f func(context.Context, *target)
 	return g.Wait()
 }
 
-// prepare gives a file its size, holes and preallocated ranges. The caller closes it.
+// prepare gives a file, new or old, its size, holes and preallocated ranges. The caller
+// closes it.
 func (a *applier) prepare(t *target) (*os.File, error) {
-	if err := a.step("apply-content", t.handle); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(t.handle, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	f, err := a.openFile(t)
 	if err != nil {
 		return nil, err
+	}
+	if n := blocksOf(t.in.Size); !a.forget && (t.codes == nil || uint64(len(t.codes)) != n) {
+		t.codes = resizeCodes(t.had, n)
+	}
+	t.touched = true
+	if n := len(t.todo); t.codes != nil && t.in.Size < t.size && t.in.Size%BlockSize != 0 && n > 0 {
+		if e := t.todo[n-1]; e.Start+e.Count == uint64(len(t.codes)) {
+			t.codes[len(t.codes)-1] = codeUnknown // it is cut before it is written
+		}
 	}
 	if t.size != t.in.Size {
 		if err := f.Truncate(t.in.Size); err != nil {
 			return nil, closeWritten(f, err)
 		}
+		t.size = t.in.Size
 	}
 	for _, e := range t.todo {
 		if err := a.makeZero(t, f, e); err != nil {
@@ -224,6 +192,70 @@ func (a *applier) prepare(t *target) (*os.File, error) {
 		}
 	}
 	return f, nil
+}
+
+// openFile opens a file for writing. A new one is created, as a clone where there is one
+// to be had.
+func (a *applier) openFile(t *target) (*os.File, error) {
+	if t.handle != "" {
+		if err := a.step("apply-content", t.handle); err != nil {
+			return nil, err
+		}
+		return os.OpenFile(t.handle, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	}
+	p := a.abs(t.names[0])
+	if err := a.step("apply-create", p); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(p, os.O_CREATE|os.O_EXCL|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("make %s: %w", p, noRoom(err))
+	}
+	t.handle, t.fresh = p, true
+	if err := a.step("apply-content", p); err != nil {
+		return nil, closeWritten(f, err)
+	}
+	if t.clone == "" {
+		t.size = 0
+		return f, nil
+	}
+	if err := a.cloneFile(t, f); err != nil {
+		return nil, closeWritten(f, fmt.Errorf("clone %s: %w", t.clone, err))
+	}
+	return f, nil
+}
+
+// cloneFile gives a new file the content of another, sharing its blocks.
+func (a *applier) cloneFile(t *target, f *os.File) error {
+	src, err := os.OpenFile(t.clone, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	if err := unix.IoctlFileClone(int(f.Fd()), int(src.Fd())); err != nil {
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			return err
+		}
+		// This one can't be (its own attributes can forbid it): it is copied.
+		if t.want == nil {
+			t.want = t.codes // nothing had to be changed
+		}
+		t.had, t.codes, t.size = nil, nil, 0
+		t.todo = diffCodes(nil, t.want, t.in)
+		return nil
+	}
+	t.fresh = false
+	// A clone may have holes where its source was preallocated.
+	for _, e := range t.in.Extents {
+		if off := int64(e.Start) * BlockSize; e.Kind == ExtentZero && off < t.size {
+			n := min(int64(e.Count)*BlockSize, t.size-off)
+			err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, off, n)
+			if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // makeZero makes an extent a hole or a preallocated range.
@@ -255,8 +287,10 @@ func (a *applier) makeZero(t *target, f *os.File, e Extent) error {
 	if err != nil {
 		return err
 	}
-	for i := range t.codes[e.Start : e.Start+e.Count] {
-		t.codes[e.Start+uint64(i)] = c
+	if t.codes != nil {
+		for b := e.Start; b < e.Start+e.Count; b++ {
+			t.codes[b] = c
+		}
 	}
 	return nil
 }
@@ -273,21 +307,38 @@ func writeZeros(f *os.File, off, n int64) error {
 	return nil
 }
 
-// write puts blocks into a file, the last one only as far as the file goes.
-func (a *applier) write(t *target, f *os.File, block uint64, data []byte) error {
+// write puts blocks into a file, the last one only as far as the file goes. codes are those
+// of the blocks, nil if the caller doesn't know them.
+func (a *applier) write(t *target, f *os.File, block uint64, data []byte, codes []code) error {
 	if err := a.step("apply-write", t.handle); err != nil {
 		return err
 	}
+	n := uint64(len(data)) / BlockSize
+	if t.codes != nil {
+		for i := range n { // until all of it has been written
+			t.codes[block+i] = codeUnknown
+		}
+	}
 	off := int64(block) * BlockSize
+	whole := data
 	if rest := t.in.Size - off; rest < int64(len(data)) {
 		data = data[:rest]
 	}
 	if _, err := f.WriteAt(data, off); err != nil {
 		return fmt.Errorf("write %s: %w", t.handle, err)
 	}
+	if t.codes != nil {
+		if codes == nil {
+			for i := range n {
+				t.codes[block+i] = blockCode(whole[i*BlockSize : (i+1)*BlockSize])
+			}
+		} else {
+			copy(t.codes[block:], codes)
+		}
+	}
 	done := a.done.Add(int64(len(data)))
 	if a.progress != nil {
-		a.progress.Set("writing", done, a.total)
+		a.progress.Set(a.verb, done, a.total)
 	}
 	return nil
 }

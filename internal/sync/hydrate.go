@@ -7,23 +7,29 @@ import (
 	"os"
 	"runtime"
 
+	"golang.org/x/sys/unix"
+
 	"dbsupervisor/internal/fsx"
 )
 
 // HydrateStats counts what bringing a volume to a snapshot took.
 type HydrateStats struct {
-	FetchedBytes int64 // blocks read from the store
-	ReusedBytes  int64 // blocks copied from a fork on this disk
-	LocalBytes   int64 // blocks that the volume had already
-	Staged       bool  // everything was fetched and verified before anything was changed
+	FetchedBytes int64  // blocks read from the store
+	ReusedBytes  int64  // blocks copied from elsewhere on this disk
+	LocalBytes   int64  // blocks that were in place already
+	Staged       bool   // the volume stayed as it was until everything had been fetched and verified
+	Copy         string // how it was kept meanwhile: "clone", "two copies" or "in place"
+	Why          string // why it was done in place
 }
 
 // Hydrate brings an empty, clean or half-applied volume to a snapshot; it is clean at that
-// snapshot then. A clean volume stays untouched until everything that it lacks has been
-// fetched and verified; ErrMissing and ErrDamaged name what the store lacks. After an
-// error or a crash in a later step the volume is "applying", and the next Hydrate, to
-// whatever snapshot, fetches only what its files don't have yet. An empty volume takes
-// blocks from the newest fork where they are the same.
+// snapshot then. A clean volume stays whole and usable until the snapshot is: the snapshot
+// is put together in a second directory (see Prepare), which then takes the volume's place.
+// Where that can't be, everything that the volume lacks is fetched and verified first, and
+// then the volume is changed in place: after an error or a crash from there on it is
+// "applying". Whatever happened, the next Hydrate, to whatever snapshot, fetches only what
+// is not there yet. ErrMissing and ErrDamaged name what the store lacks. An empty volume
+// takes blocks from the newest fork where they are the same.
 //
 // It returns ErrNoRoom and ErrPhase.
 func (v *Volume) Hydrate(ctx context.Context, s *Store, ref SnapshotRef, p Progress) (HydrateStats, error) {
@@ -37,76 +43,118 @@ func (v *Volume) Hydrate(ctx context.Context, s *Store, ref SnapshotRef, p Progr
 }
 
 func (v *Volume) hydrate(ctx context.Context, s *Store, ref SnapshotRef, p Progress) (HydrateStats, error) {
-	var stats HydrateStats
-	st := v.State()
-	switch st.Phase {
+	if err := v.mayHydrate(); err != nil {
+		return HydrateStats{}, err
+	}
+	v.dropWork()
+	tree, err := v.loadTree(ctx, s, ref)
+	if err != nil {
+		return HydrateStats{}, err
+	}
+	st, why := v.State(), ""
+	if st.Phase == PhaseClean && st.Base.Hash != ref.Hash || st.Phase == PhaseEmpty && st.Spare.Phase == PhaseClean {
+		g, err := v.prepare(ctx, s, tree, p)
+		var no *noSpareError
+		switch {
+		case err == nil:
+			return g.Stats, v.swap(g)
+		case errors.As(err, &no):
+			why = no.why
+		default:
+			return HydrateStats{}, err
+		}
+	}
+	stats, err := v.inPlace(ctx, s, tree, p)
+	stats.Copy, stats.Why = copyInPlace, why
+	return stats, err
+}
+
+// mayHydrate says whether the volume may become a snapshot.
+func (v *Volume) mayHydrate() error {
+	switch st := v.State(); st.Phase {
 	case PhaseClean, PhaseApplying:
+		return nil
 	case PhaseEmpty:
 		empty, err := dirEmpty(v.Path())
+		if err == nil && !empty {
+			err = fmt.Errorf("%w: %s has files that nothing is known about: set them aside first", ErrNotEmpty, v.Path())
+		}
+		return err
+	default:
+		return fmt.Errorf("%w: a database has run on it since snapshot %q; set it aside first", ErrPhase, st.Base.ID)
+	}
+}
+
+// loadTree reads a snapshot's tree, as far as it differs from one that is in memory.
+func (v *Volume) loadTree(ctx context.Context, s *Store, ref SnapshotRef) (*Tree, error) {
+	return s.LoadTreeFrom(ctx, ref, v.base, v.spare.tree)
+}
+
+// inPlace changes the volume itself.
+func (v *Volume) inPlace(ctx context.Context, s *Store, tree *Tree, p Progress) (HydrateStats, error) {
+	var stats HydrateStats
+	st := v.State()
+	a := v.applier(s, tree, p)
+	a.root, a.stage = v.Path(), v.stageDir()
+	if st.Phase == PhaseClean {
+		a.base, a.baseIdx, a.idx = v.localBase(ctx, s, st.Base)
+	} else {
+		a.idx = v.half
+		donors, err := v.donors()
 		if err != nil {
 			return stats, err
 		}
-		if !empty {
-			return stats, fmt.Errorf("%w: %s has files that nothing is known about: set them aside first", ErrNotEmpty, v.Path())
-		}
-	default:
-		return stats, fmt.Errorf("%w: a database has run on it since snapshot %q; set it aside first", ErrPhase, st.Base.ID)
-	}
-	v.dropWork()
-	tree, err := s.LoadTree(ctx, ref)
-	if err != nil {
-		return stats, err
-	}
-	a := &applier{
-		fs: v.fs, root: v.Path(), stage: v.stageDir(), tree: tree, workers: v.cfg.Workers, progress: p,
-		hashes: func(ctx context.Context) (map[PackID][]uint64, error) { return s.BlockHashes(ctx, tree) },
-	}
-	if st.Phase == PhaseClean {
-		a.base, a.idx = v.localBase(ctx, s, st.Base)
-	}
-	if st.Phase != PhaseClean {
-		if a.donors, err = v.donors(); err != nil {
-			return stats, err
+		for _, d := range donors {
+			a.sources = append(a.sources, forkSource(d))
 		}
 	}
 	if err := a.plan(ctx); err != nil {
 		return stats, err
 	}
-	stats.FetchedBytes = a.total
 	stats.LocalBytes = dataBytes(tree) - a.total
 	stats.Staged = st.Phase == PhaseClean
-	if st.Phase == PhaseClean && a.nothing() {
+	if stats.Staged && a.nothing() {
 		return stats, v.hydrated(ctx, a)
 	}
+	v.half = nil
+	var err error
 	if stats.Staged {
 		err = v.applyStaged(ctx, s, a)
 	} else {
 		err = v.applyDirect(ctx, s, a)
-		stats.ReusedBytes = a.reused.Load()
-		stats.FetchedBytes -= stats.ReusedBytes
 	}
+	stats.ReusedBytes = a.reused.Load()
+	stats.FetchedBytes = a.total - stats.ReusedBytes
 	if err != nil {
+		if v.State().Phase == PhaseApplying {
+			v.half = a.partial()
+		}
 		return stats, err
 	}
 	return stats, v.hydrated(ctx, a)
 }
 
-// localBase finds what is known of a clean volume's content. nil means that it has to be
-// read.
-func (v *Volume) localBase(ctx context.Context, s *Store, ref SnapshotRef) (*Tree, *index) {
+func (v *Volume) applier(s *Store, tree *Tree, p Progress) *applier {
+	return &applier{fs: v.fs, tree: tree, workers: v.cfg.Workers, progress: p, verb: "restoring", store: s, foots: newFooters()}
+}
+
+// localBase finds what is known of a clean volume's content: the tree, the codes of its
+// blocks, and what its files have. Without an index of this boot everything has to be read;
+// without the tree, which the store may have given up, more has to be asked of the store.
+func (v *Volume) localBase(ctx context.Context, s *Store, ref SnapshotRef) (*Tree, *index, *index) {
 	if v.base != nil && v.idx != nil && v.base.Ref.Hash == ref.Hash {
-		return v.base, v.idx
+		return v.base, v.idx, v.idx
 	}
 	idx := v.loadIndex(ref)
 	if idx == nil {
-		return nil, nil
+		return nil, nil, nil
 	}
-	tree, err := s.LoadTree(ctx, ref)
+	tree, err := s.LoadTreeFrom(ctx, ref, v.spare.tree)
 	if err != nil || !idx.fits(tree) {
-		v.log.Info("the volume's own snapshot can't be loaded; its files will be read instead", "snapshot", ref.ID, "error", err)
-		return nil, nil
+		v.log.Info("the volume's own snapshot can't be loaded; the store's hashes will be read instead", "snapshot", ref.ID, "error", err)
+		return nil, nil, idx
 	}
-	return tree, idx
+	return tree, idx, idx
 }
 
 // donors are directories on this disk that may have blocks of a snapshot.
@@ -172,29 +220,44 @@ func (v *Volume) markApplying() error {
 
 // hydrated makes what has been applied durable and the new baseline.
 func (v *Volume) hydrated(ctx context.Context, a *applier) error {
-	if err := os.RemoveAll(a.stage); err != nil {
+	idx, rec, err := v.indexOf(ctx, a)
+	if err != nil {
 		return err
 	}
-	det := &statDetector{root: v.Path(), sync: v.SyncFS}
+	v.base, v.idx = a.tree, idx
+	if err := v.setState(func(st *VolumeState) { st.Phase, st.Base, st.LiveTerm = PhaseClean, a.tree.Ref, 0 }); err != nil {
+		return err
+	}
+	v.logIndex(rec)
+	return nil
+}
+
+// indexOf makes what has been applied durable, and an index of it with the record that
+// continues the log of the one before.
+func (v *Volume) indexOf(ctx context.Context, a *applier) (*index, indexRecord, error) {
+	rec := indexRecord{To: a.tree.Ref.Hash}
+	if err := os.RemoveAll(a.stage); err != nil {
+		return nil, rec, err
+	}
+	det := &statDetector{root: a.root, sync: v.SyncFS}
 	rd, err := det.begin(ctx, false) // a syncfs
 	if err != nil {
-		return err
+		return nil, rec, err
 	}
 	// Stats only: the metadata has been compared.
-	found, err := scan(ctx, v.Path(), scanConfig{known: func(statKey, FileType) *Inode { return &Inode{} }})
+	found, err := scan(ctx, a.root, scanConfig{known: func(statKey, FileType) *Inode { return &Inode{} }})
 	if err != nil {
-		return err
+		return nil, rec, err
 	}
 	idx := newIndex()
-	rec := indexRecord{To: a.tree.Ref.Hash}
 	append2 := a.idx != nil && a.idx.logged > 0
 	if append2 {
-		rec.From, idx.logged = a.base.Ref.Hash, a.idx.logged
+		rec.From, idx.logged = a.idxAt, a.idx.logged
 	}
 	for _, n := range found.nodes {
 		t := a.at(n.names[0])
 		if t == nil || t.in.Type != n.typ {
-			return fmt.Errorf("%s is not what was just written: something else writes it", a.abs(n.names[0]))
+			return nil, rec, fmt.Errorf("%s is not what was just written: something else writes it", a.abs(n.names[0]))
 		}
 		f := &indexed{typ: n.typ, key: n.key, settled: rd.settled(n.key), codes: t.codes}
 		idx.set(t.id, f)
@@ -216,12 +279,30 @@ func (v *Volume) hydrated(ctx context.Context, a *applier) error {
 			}
 		}
 	}
-	v.base, v.idx = a.tree, idx
-	if err := v.setState(func(st *VolumeState) { st.Phase, st.Base, st.LiveTerm = PhaseClean, a.tree.Ref, 0 }); err != nil {
-		return err
+	return idx, rec, nil
+}
+
+// partial is what is known of a directory whose change was interrupted: the files that
+// have been looked at, block by block.
+func (a *applier) partial() *index {
+	idx := newIndex()
+	for _, t := range a.order {
+		if t.handle == "" || t.in.Type != TypeRegular {
+			continue
+		}
+		codes := t.had
+		if t.touched {
+			codes = t.codes
+		}
+		var st unix.Statx_t
+		if err := unix.Statx(unix.AT_FDCWD, t.handle, unix.AT_SYMLINK_NOFOLLOW, statMask, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+			continue
+		}
+		if uint64(len(codes)) == blocksOf(int64(st.Size)) {
+			idx.set(t.id, &indexed{typ: TypeRegular, key: keyOf(&st), codes: codes})
+		}
 	}
-	v.logIndex(rec)
-	return nil
+	return idx
 }
 
 // fits says whether an index describes the inodes of a tree.
@@ -287,7 +368,7 @@ func restore(ctx context.Context, s *Store, ref SnapshotRef, dir string, opts Re
 	} else if !empty {
 		return ErrNotEmpty
 	}
-	a := &applier{fs: opts.FS, root: dir, tree: tree, workers: opts.Workers, progress: opts.Progress}
+	a := &applier{fs: opts.FS, root: dir, tree: tree, workers: opts.Workers, progress: opts.Progress, verb: "restoring", forget: true}
 	if err := a.plan(ctx); err != nil {
 		return err
 	}

@@ -70,7 +70,7 @@ func (v *Volume) importDir(ctx context.Context, dir string, p Progress) (ImportS
 		}
 	}
 	stats.Skipped = src.skipped
-	a := &applier{fs: v.fs, root: v.Path(), stage: v.stageDir(), tree: treeOf(src), workers: v.cfg.Workers, progress: p}
+	a := &applier{fs: v.fs, root: v.Path(), stage: v.stageDir(), tree: treeOf(src), workers: v.cfg.Workers, progress: p, verb: "copying", forget: true}
 	if err := v.markApplying(); err != nil {
 		return stats, err
 	}
@@ -112,6 +112,9 @@ func (v *Volume) importDir(ctx context.Context, dir string, p Progress) (ImportS
 	if err != nil {
 		return stats, err
 	}
+	if err := a.link(ctx); err != nil {
+		return stats, err
+	}
 	if err := a.applyMeta(ctx); err != nil {
 		return stats, err
 	}
@@ -123,15 +126,12 @@ func (v *Volume) importDir(ctx context.Context, dir string, p Progress) (ImportS
 
 // importFile copies one file's content and says how much and whether it could be cloned.
 func (v *Volume) importFile(ctx context.Context, a *applier, root *os.File, n *node, t *target) (int64, bool, error) {
-	if err := a.step("apply-content", t.handle); err != nil {
-		return 0, false, err
-	}
 	src, err := openBelow(int(root.Fd()), n.names[0])
 	if err != nil {
 		return 0, false, err
 	}
 	defer src.Close()
-	dst, err := os.OpenFile(t.handle, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	dst, err := a.openFile(t)
 	if err != nil {
 		return 0, false, err
 	}
@@ -160,7 +160,7 @@ func (v *Volume) importFile(ctx context.Context, a *applier, root *os.File, n *n
 				if e.Kind == ExtentData {
 					chunk := data[i*BlockSize : end*BlockSize]
 					done += int64(len(chunk))
-					if err := a.write(t, dst, e.Start, chunk); err != nil {
+					if err := a.write(t, dst, e.Start, chunk, nil); err != nil {
 						return err
 					}
 				} else if err := a.makeZero(t, dst, e); err != nil {

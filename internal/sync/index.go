@@ -189,8 +189,11 @@ func (x *index) apply(r *indexRecord) error {
 // loadIndex reads the log if it describes this snapshot, in this boot. Anything that is
 // not as it should be makes it worthless, not fatal: nil is returned and the caller reads
 // the volume instead.
-func (v *Volume) loadIndex(ref SnapshotRef) *index {
-	f, err := v.fs.Open(v.indexPath())
+func (v *Volume) loadIndex(ref SnapshotRef) *index { return v.loadIndexOf(v.State().Copy, ref) }
+
+// loadIndexOf is loadIndex for one of the volume's copies.
+func (v *Volume) loadIndexOf(copied string, ref SnapshotRef) *index {
+	f, err := v.fs.Open(v.indexOfCopy(copied))
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			v.log.Warn("can't open the index; the volume will be read instead", "error", err)
@@ -198,7 +201,7 @@ func (v *Volume) loadIndex(ref SnapshotRef) *index {
 		return nil
 	}
 	defer f.Close()
-	x, at, err := readIndex(f, v.cfg.BootID, v.State().ID)
+	x, at, err := readIndex(f, v.cfg.BootID, v.indexID(copied))
 	switch {
 	case err != nil:
 		v.log.Warn("the index is of no use; the volume will be read instead", "error", err)
@@ -263,34 +266,45 @@ func indexDecoder() cbor.DecMode {
 // logIndex appends what an adopted capture changed, or writes the log anew when there is
 // none or it has grown much longer than what it says. Failing costs a re-read after a
 // restart, so it is only logged.
-func (v *Volume) logIndex(rec indexRecord) {
-	rec.Boot, rec.Volume = v.cfg.BootID, v.State().ID
+func (v *Volume) logIndex(rec indexRecord) { v.logIndexOf(v.State().Copy, v.idx, rec) }
+
+// indexID is what the index of a copy of the volume must name.
+func (v *Volume) indexID(copied string) string {
+	if copied == "" {
+		return v.State().ID
+	}
+	return copied
+}
+
+// logIndexOf is logIndex for one of the volume's copies.
+func (v *Volume) logIndexOf(copied string, x *index, rec indexRecord) {
+	rec.Boot, rec.Volume = v.cfg.BootID, v.indexID(copied)
 	live := int64(0)
-	for _, f := range v.idx.files {
+	for _, f := range x.files {
 		live += 96 + 8*int64(len(f.codes))
 	}
-	if v.idx.logged == 0 || v.idx.logged > 2*live+1<<20 {
+	if x.logged == 0 || x.logged > 2*live+1<<20 {
 		rec.From, rec.Removed, rec.Files = "", nil, rec.Files[:0]
-		ids := make([]FileID, 0, len(v.idx.files))
-		for id := range v.idx.files {
+		ids := make([]FileID, 0, len(x.files))
+		for id := range x.files {
 			ids = append(ids, id)
 		}
 		sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
 		for _, id := range ids {
-			rec.Files = append(rec.Files, indexFileOf(id, v.idx.files[id], nil))
+			rec.Files = append(rec.Files, indexFileOf(id, x.files[id], nil))
 		}
-		v.idx.logged = 0
+		x.logged = 0
 	}
-	if err := v.appendIndex(rec); err != nil {
-		v.idx.logged = 0
+	if err := v.appendIndex(v.indexOfCopy(copied), x, rec); err != nil {
+		x.logged = 0
 		v.log.Warn("can't keep the index; the volume will be read after a restart", "error", err)
-		if err := v.dropIndex(); err != nil {
+		if err := v.dropIndexOf(copied); err != nil {
 			v.log.Warn("can't remove the index", "error", err)
 		}
 	}
 }
 
-func (v *Volume) appendIndex(rec indexRecord) error {
+func (v *Volume) appendIndex(path string, x *index, rec indexRecord) error {
 	b, err := cbor.Marshal(rec)
 	if err != nil {
 		return err
@@ -301,14 +315,14 @@ func (v *Volume) appendIndex(rec indexRecord) error {
 	if err := v.room(int64(len(b))); err != nil {
 		return err
 	}
-	if err := v.fs.At("index", v.indexPath()); err != nil {
+	if err := v.fs.At("index", path); err != nil {
 		return err
 	}
 	flags := os.O_WRONLY | os.O_CREATE
-	if v.idx.logged == 0 {
+	if x.logged == 0 {
 		flags |= os.O_TRUNC
 	}
-	f, err := os.OpenFile(v.indexPath(), flags, 0o600)
+	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
 		return err
 	}
@@ -316,13 +330,13 @@ func (v *Volume) appendIndex(rec indexRecord) error {
 	binary.LittleEndian.PutUint64(buf, uint64(len(b)))
 	binary.LittleEndian.PutUint64(buf[8:], xxh3.Hash(b))
 	buf = append(buf, b...)
-	_, err = f.WriteAt(buf, v.idx.logged)
+	_, err = f.WriteAt(buf, x.logged)
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
 	if err != nil {
 		return err
 	}
-	v.idx.logged += int64(len(buf))
+	x.logged += int64(len(buf))
 	return nil
 }

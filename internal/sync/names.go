@@ -115,6 +115,20 @@ func (a *applier) unlink(rel string) error {
 	return nil
 }
 
+// link gives the files that were created their further names.
+func (a *applier) link(ctx context.Context) error {
+	for _, l := range a.links {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := a.bring(l.t, l.name, a.abs(l.name)); err != nil {
+			return err
+		}
+	}
+	a.links = nil
+	return nil
+}
+
 // bring gives an inode a name that is free.
 func (a *applier) bring(t *target, name, p string) (err error) {
 	switch {
@@ -142,14 +156,10 @@ func (a *applier) bring(t *target, name, p string) (err error) {
 		err = os.Symlink(string(t.in.Target), p)
 		t.handle = p
 	default:
-		if err := a.step("apply-create", p); err != nil {
-			return err
+		// A new file is created when its content is written; its further names come after.
+		if name != t.names[0] {
+			a.links = append(a.links, link{t, name})
 		}
-		var f *os.File
-		if f, err = os.OpenFile(p, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600); err == nil {
-			err = f.Close()
-		}
-		t.handle, t.fresh, t.size = p, true, 0
 	}
 	if err != nil {
 		return fmt.Errorf("make %s: %w", p, noRoom(err))

@@ -12,7 +12,6 @@ import (
 	stdsync "sync"
 	"sync/atomic"
 
-	"github.com/zeebo/xxh3"
 	"golang.org/x/sync/errgroup"
 
 	"dbsupervisor/internal/fsx"
@@ -110,19 +109,8 @@ func (s *Store) readFrame(p *packReader, i int, raw, stored []byte) (data, buf [
 		}
 		return nil, stored, fmt.Errorf("read %s: %w", p.path, err)
 	}
-	if sha256.Sum256(stored) != fr.sum {
-		return nil, stored, damaged(p.path, "frame %d (blocks %d to %d) does not match its hash", i, fr.first, fr.first+uint64(fr.blocks)-1)
-	}
-	data, err = s.codec.expand(raw, stored, fr.encoding, int(fr.blocks)*BlockSize)
-	if err != nil {
-		return nil, stored, damaged(p.path, "frame %d %v", i, err)
-	}
-	for b := range uint64(fr.blocks) {
-		if xxh3.Hash(data[b*BlockSize:(b+1)*BlockSize]) != p.foot.hashes[fr.first+b] {
-			return nil, stored, damaged(p.path, "block %d does not match its hash", fr.first+b)
-		}
-	}
-	return data, stored, nil
+	data, err = s.expandFrame(p, i, raw, stored)
+	return data, stored, err
 }
 
 // errSkipPack tells eachFrame to leave a pack out.
@@ -189,6 +177,20 @@ func (s *Store) openers() int { return min(4*s.cfg.Workers, 16) }
 // only. Sink is called concurrently and in any order; its error ends the Read. When a file
 // is missing or damaged, what was delivered before is good all the same.
 func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Want, data []byte) error, p Progress) error {
+	return s.readFrames(ctx, t, wants, nil, "reading", func(wants []Want, data []byte, first uint64) error {
+		for _, w := range wants {
+			from := (w.Block - first) * BlockSize
+			if err := sink(w, data[from:from+w.Count*BlockSize]); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, p)
+}
+
+// readFrames is Read for a sink that takes all wants of a frame at once, and for a reader
+// that may know some footers already.
+func (s *Store) readFrames(ctx context.Context, t *Tree, wants []Want, known *footers, phase string, sink func(wants []Want, data []byte, first uint64) error, p Progress) error {
 	wants = slices.Clone(wants)
 	slices.SortFunc(wants, func(a, b Want) int {
 		return cmp.Or(cmp.Compare(a.Pack, b.Pack), cmp.Compare(a.Block, b.Block))
@@ -200,34 +202,26 @@ func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Wan
 		}
 		total += int64(w.Count) * BlockSize
 	}
-	var done atomic.Int64
-	err := s.eachFrame(ctx, func(yield func(PackRef, []Want) bool) {
-		for i := 0; i < len(wants); {
-			j := i + 1
-			for j < len(wants) && wants[j].Pack == wants[i].Pack {
-				j++
-			}
-			if !yield(t.Packs[wants[i].Pack], wants[i:j]) {
-				return
-			}
-			i = j
+	var packs []packWants
+	for i := 0; i < len(wants); {
+		j := i + 1
+		for j < len(wants) && wants[j].Pack == wants[i].Pack {
+			j++
 		}
-	}, func(_ PackRef, _ *packReader, err error) error {
-		return err
-	}, func(j *frameJob, data []byte, err error) error {
-		if err != nil {
+		packs = append(packs, packWants{t.Packs[wants[i].Pack], wants[i:j]})
+		i = j
+	}
+	var done atomic.Int64
+	err := s.fetch(ctx, packs, known, func(wants []Want, data []byte, first uint64) error {
+		if err := sink(wants, data, first); err != nil {
 			return err
 		}
-		first := j.pack.foot.frames[j.frame].first
-		for _, w := range j.wants {
-			from := (w.Block - first) * BlockSize
-			if err := sink(w, data[from:from+w.Count*BlockSize]); err != nil {
-				return err
-			}
-			n := done.Add(int64(w.Count) * BlockSize)
-			if p != nil {
-				p.Set("reading", n, total)
-			}
+		n := int64(0)
+		for _, w := range wants {
+			n += int64(w.Count) * BlockSize
+		}
+		if n = done.Add(n); p != nil {
+			p.Set(phase, n, total)
 		}
 		return nil
 	})
@@ -340,12 +334,27 @@ func queueFrames(ctx context.Context, p *packReader, wants []Want, jobs chan<- *
 		}
 		return nil
 	}
+	order, err := cutWants(p, wants)
+	if err != nil {
+		return err
+	}
+	for _, j := range order {
+		j.done = &done
+		if err := send(j); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cutWants cuts the wants of a pack at its frames: a job for each frame that is needed.
+func cutWants(p *packReader, wants []Want) ([]*frameJob, error) {
 	byFrame := map[int]*frameJob{}
 	var order []*frameJob
 	blocks := uint64(len(p.foot.hashes))
 	for _, w := range wants {
 		if w.Count > blocks || w.Block > blocks-w.Count {
-			return damaged(p.path, "has %d blocks, not the %d at %d that a snapshot refers to", blocks, w.Count, w.Block)
+			return nil, damaged(p.path, "has %d blocks, not the %d at %d that a snapshot refers to", blocks, w.Count, w.Block)
 		}
 		for w.Count > 0 {
 			i := p.foot.frameOf(w.Block)
@@ -354,7 +363,7 @@ func queueFrames(ctx context.Context, p *packReader, wants []Want, jobs chan<- *
 			piece.Count = min(w.Count, fr.first+uint64(fr.blocks)-w.Block)
 			j := byFrame[i]
 			if j == nil {
-				j = &frameJob{pack: p, frame: i, done: &done}
+				j = &frameJob{pack: p, frame: i}
 				byFrame[i] = j
 				order = append(order, j)
 			}
@@ -362,10 +371,5 @@ func queueFrames(ctx context.Context, p *packReader, wants []Want, jobs chan<- *
 			w.Block, w.At, w.Count = w.Block+piece.Count, w.At+piece.Count, w.Count-piece.Count
 		}
 	}
-	for _, j := range order {
-		if err := send(j); err != nil {
-			return err
-		}
-	}
-	return nil
+	return order, nil
 }

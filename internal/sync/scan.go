@@ -149,14 +149,7 @@ func (s *scanner) entry(dirfd int, name, rel, proc string) error {
 func (s *scanner) add(rel string, st *unix.Statx_t, typ FileType, proc string) error {
 	n := s.byIno[st.Ino]
 	if n == nil || n.typ != typ {
-		n = &node{
-			typ:   typ,
-			alloc: int64(st.Blocks) * 512,
-			key:   statKey{Ino: st.Ino, MTime: statxNano(st.Mtime), CTime: statxNano(st.Ctime), Size: int64(st.Size)},
-		}
-		if st.Mask&unix.STATX_BTIME != 0 {
-			n.key.Birth = statxNano(st.Btime)
-		}
+		n = &node{typ: typ, alloc: int64(st.Blocks) * 512, key: keyOf(st)}
 		if s.known != nil {
 			n.meta = s.known(n.key, typ)
 		}
@@ -173,6 +166,14 @@ func (s *scanner) add(rel string, st *unix.Statx_t, typ FileType, proc string) e
 	n.names = append(n.names, rel)
 	s.out.names[rel] = n
 	return nil
+}
+
+func keyOf(st *unix.Statx_t) statKey {
+	k := statKey{Ino: st.Ino, MTime: statxNano(st.Mtime), CTime: statxNano(st.Ctime), Size: int64(st.Size)}
+	if st.Mask&unix.STATX_BTIME != 0 {
+		k.Birth = statxNano(st.Btime)
+	}
+	return k
 }
 
 func (s *scanner) show(rel string) string { return path.Join(s.root, rel) }

@@ -1,9 +1,7 @@
 package sync
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sort"
@@ -131,16 +129,14 @@ func (v *Volume) cleanSpool() error {
 	}
 	for _, e := range es {
 		p := filepath.Join(v.spoolDir(), e.Name())
-		if p == v.stageDir() {
-			if v.State().Phase == PhaseApplying {
-				continue
-			}
-			if err := os.RemoveAll(p); err != nil {
-				return fmt.Errorf("clean spool: %w", err)
-			}
+		st := v.State()
+		if p == v.stageDir() && st.Phase == PhaseApplying || p == v.spareStage() && st.Spare.Phase == PhaseApplying {
 			continue
 		}
-		if err := v.fs.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := v.fs.At("clean-spool", p); err != nil {
+			return fmt.Errorf("clean spool: %w", err)
+		}
+		if err := os.RemoveAll(p); err != nil {
 			return fmt.Errorf("clean spool: %w", err)
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path/filepath"
+	"strings"
 
 	"dbsupervisor/internal/fsx"
 )
@@ -36,8 +38,25 @@ type VolumeState struct {
 	Base SnapshotRef `json:"base"`
 	// LiveTerm is the term in which the database last ran on it.
 	LiveTerm uint64 `json:"live_term"`
+	// Copy tells the directory that is the volume now from others, so that an index is
+	// only believed about the one that it was made of.
+	Copy string `json:"copy,omitempty"`
+	// Spare is the second copy; its zero value means that there is none.
+	Spare SpareState `json:"spare,omitzero"`
 	// BootID is the boot in which this state was written.
 	BootID string `json:"boot_id"`
+}
+
+// SpareState is what is known of the second copy of a volume. Which of two directories is
+// the volume and which the spare is told by the inode number: if the volume has the spare's,
+// they have taken each other's place.
+type SpareState struct {
+	Copy   string      `json:"copy"`
+	Phase  Phase       `json:"phase"` // applying or clean
+	Base   SnapshotRef `json:"base"`  // what it equals while clean
+	Ino    uint64      `json:"ino"`
+	Birth  int64       `json:"birth"`
+	Cloned bool        `json:"cloned"` // it shares blocks with the volume
 }
 
 // State returns the volume's durable state.
@@ -96,9 +115,53 @@ func (v *Volume) loadState() error {
 	v.st = st
 	if _, err := v.fs.Stat(v.Path()); errors.Is(err, fs.ErrNotExist) {
 		// It died while setting a fork aside, or somebody moved the volume away.
-		return v.freshVolume()
+		return errors.Join(v.findSpare(), v.freshVolume())
 	} else if err != nil {
 		return err
+	}
+	return v.findSpare()
+}
+
+// findSpare finds out whether a swap had taken place when the agent died, and forgets a
+// second copy that is not there any more.
+func (v *Volume) findSpare() error {
+	sp := v.st.Spare
+	if sp.Phase != "" {
+		is := func(path string) bool {
+			ino, birth, err := identify(path)
+			return err == nil && ino == sp.Ino && birth == sp.Birth
+		}
+		switch {
+		case is(v.Path()):
+			if err := v.setState(func(st *VolumeState) { *st = v.swapped(*st) }); err != nil {
+				return err
+			}
+		case !is(v.sparePath()), v.cfg.SpareCopy == SpareNever:
+			if err := v.setState(func(st *VolumeState) { st.Spare = SpareState{} }); err != nil {
+				return err
+			}
+		}
+	}
+	if v.st.Spare.Phase == "" {
+		v.discardSpare()
+	}
+	return v.cleanIndexes()
+}
+
+// cleanIndexes removes the indexes of directories that are gone.
+func (v *Volume) cleanIndexes() error {
+	es, err := v.fs.ReadDir(v.stateDir())
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		p := filepath.Join(v.stateDir(), e.Name())
+		if !strings.HasPrefix(e.Name(), "index") || p == v.indexOfCopy(v.st.Copy) || v.st.Spare.Phase != "" && p == v.indexOfCopy(v.st.Spare.Copy) {
+			continue
+		}
+		if err := v.fs.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
 }
@@ -114,7 +177,7 @@ func (v *Volume) freshVolume() error {
 	if err := v.dropIndex(); err != nil {
 		return err
 	}
-	if err := v.setState(func(st *VolumeState) { *st = VolumeState{ID: id, Phase: PhaseEmpty} }); err != nil {
+	if err := v.setState(func(st *VolumeState) { *st = VolumeState{ID: id, Phase: PhaseEmpty, Copy: id, Spare: st.Spare} }); err != nil {
 		return err
 	}
 	if err := v.fs.Mkdir(v.Path()); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -123,8 +186,10 @@ func (v *Volume) freshVolume() error {
 	return v.fs.SyncDir(v.cfg.Dir)
 }
 
-func (v *Volume) dropIndex() error {
-	if err := v.fs.Remove(v.indexPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+func (v *Volume) dropIndex() error { return v.dropIndexOf(v.State().Copy) }
+
+func (v *Volume) dropIndexOf(copied string) error {
+	if err := v.fs.Remove(v.indexOfCopy(copied)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -37,6 +37,39 @@ func (s *Store) LoadTree(ctx context.Context, ref SnapshotRef) (*Tree, error) {
 	return t, nil
 }
 
+// LoadTreeFrom is LoadTree for a reader that has trees already: it reads only the manifests
+// that are newer than the first of them that the snapshot descends from. Trees may be nil.
+func (s *Store) LoadTreeFrom(ctx context.Context, ref SnapshotRef, trees ...*Tree) (*Tree, error) {
+	have := map[string]*Tree{}
+	for _, t := range trees {
+		if t != nil && t.meta.known && t.Ref.Hash != "" {
+			have[t.Ref.Hash] = t
+		}
+	}
+	if t := have[ref.Hash]; t != nil {
+		return t, nil
+	}
+	var chain []*manifest
+	for next := ref; len(have) > 0 && len(next.Hash) == 64; {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		m, err := s.readManifest(ctx, next.Manifest, next.Hash, false)
+		if err != nil || m.chain == 0 || len(chain) > 0 && chain[len(chain)-1].chain != m.chain+1 {
+			break
+		}
+		chain = append(chain, m)
+		next = m.parent
+		if base := have[next.Hash]; base != nil && base.meta.chain+1 == m.chain {
+			if t, err := assemble(base, chain); err == nil {
+				return t, nil
+			}
+			break
+		}
+	}
+	return s.LoadTree(ctx, ref)
+}
+
 // assemble applies manifests, newest first, to a tree that is the parent of the last.
 func assemble(base *Tree, chain []*manifest) (*Tree, error) {
 	b := buildFrom(base)

@@ -58,6 +58,8 @@ type VolumeConfig struct {
 	BootID string
 	// Rand makes volume IDs and names of forks (crypto/rand.Reader).
 	Rand io.Reader
+	// SpareCopy is SpareAuto, the default, or SpareNever.
+	SpareCopy string
 	// Clock tells how long a freeze takes; nil means the machine's.
 	Clock boottime.Clock
 }
@@ -80,6 +82,12 @@ type Volume struct {
 	idx  *index   // block hashes and file keys of base
 	pend *pending // what was read since base and is not committed
 	out  *Capture // a capture that was neither adopted nor abandoned
+
+	spare     spareCopy // what is known of the second copy
+	keepSpare bool      // it must not be given up now
+	half      *index    // what is known of a half-applied volume
+	reflink   *bool     // whether the file system can clone; nil: not tried
+	trash     stdsync.WaitGroup
 }
 
 // OpenVolume takes possession of the directory, creating what is missing, and cleans up
@@ -154,6 +162,7 @@ func (v *Volume) Close() error {
 	v.op.Lock()
 	defer v.op.Unlock()
 	v.dropWork()
+	v.trash.Wait()
 	if v.lock == nil {
 		return nil
 	}
@@ -176,10 +185,18 @@ func (v *Volume) Path() string { return filepath.Join(v.cfg.Dir, "volume") }
 
 func (v *Volume) stateDir() string  { return filepath.Join(v.cfg.Dir, "state") }
 func (v *Volume) statePath() string { return filepath.Join(v.stateDir(), "volume.json") }
-func (v *Volume) indexPath() string { return filepath.Join(v.stateDir(), "index") }
+func (v *Volume) indexPath() string { return v.indexOfCopy(v.State().Copy) }
 func (v *Volume) spoolDir() string  { return filepath.Join(v.cfg.Dir, "spool") }
 func (v *Volume) forksDir() string  { return filepath.Join(v.cfg.Dir, "forks") }
 func (v *Volume) stageDir() string  { return filepath.Join(v.spoolDir(), "apply") }
+
+// indexOfCopy is where the index of one of the volume's copies is kept.
+func (v *Volume) indexOfCopy(id string) string {
+	if id == "" {
+		return filepath.Join(v.stateDir(), "index")
+	}
+	return filepath.Join(v.stateDir(), "index-"+id)
+}
 
 // SyncFS makes everything that has been written to the volume so far durable. To be called
 // between the thaw and the commit, so that the head is never ahead of the local disk.
@@ -224,8 +241,18 @@ func freeBytes(path string) (int64, error) {
 	return int64(s.Bavail) * s.Frsize, nil
 }
 
-// room returns ErrNoRoom if writing need more bytes would leave less than MinFree.
-func (v *Volume) room(need int64) error { return room(v.cfg.Dir, v.cfg.MinFree, need) }
+// room returns ErrNoRoom if writing need more bytes would leave less than MinFree. A second
+// copy gives way.
+func (v *Volume) room(need int64) error {
+	err := room(v.cfg.Dir, v.cfg.MinFree, need)
+	if !errors.Is(err, ErrNoRoom) {
+		return err
+	}
+	if gone, gerr := v.giveWay(err.Error()); gerr != nil || !gone {
+		return errors.Join(err, gerr)
+	}
+	return room(v.cfg.Dir, v.cfg.MinFree, need)
+}
 
 func room(dir string, minFree, need int64) error {
 	free, err := freeBytes(dir)

@@ -82,11 +82,18 @@ func volTwo(t *testing.T) (rig *volRig, one, two SnapshotRef, descs map[string]m
 }
 
 // TestVolumeHydrateCrash: a crash at every single operation of a Hydrate leaves a volume
-// that is either still the old snapshot or marked as half applied, and the next Hydrate, to
-// either snapshot, makes it whole.
+// that is whole, old or new, where there is a second copy, and otherwise either still the
+// old snapshot or marked as half applied; and the next Hydrate, to either snapshot, makes it
+// whole.
 func TestVolumeHydrateCrash(t *testing.T) {
-	ctx := context.Background()
 	rig, one, two, descs := volTwo(t)
+	for _, spare := range []string{SpareAuto, SpareNever} {
+		t.Run(spare, func(t *testing.T) { volHydrateCrash(t, spare, rig, one, two, descs) })
+	}
+}
+
+func volHydrateCrash(t *testing.T, spare string, rig *volRig, one, two SnapshotRef, descs map[string]map[string]volDesc) {
+	ctx := context.Background()
 	total := 0
 	for _, from := range []SnapshotRef{{}, one} {
 		every := 1
@@ -96,7 +103,7 @@ func TestVolumeHydrateCrash(t *testing.T) {
 		for n, crashed := 1, true; crashed; n += every {
 			hook := &volHook{}
 			dir := volRAM(t)
-			v, err := OpenVolume(VolumeConfig{Dir: dir, FS: hook.fs(), Rand: rand.Reader, BootID: "boot-1", Workers: 1})
+			v, err := OpenVolume(VolumeConfig{Dir: dir, FS: hook.fs(), Rand: rand.Reader, BootID: "boot-1", Workers: 1, SpareCopy: spare})
 			volOK(t, err)
 			if from.ID != "" {
 				_, err := v.Hydrate(ctx, rig.store, from, nil)
@@ -122,8 +129,11 @@ func TestVolumeHydrateCrash(t *testing.T) {
 			volOK(t, v.Close())
 			total++
 
-			v = rig.open(dir, nil)
+			v = rig.open(dir, func(c *VolumeConfig) { c.SpareCopy = spare })
 			st := v.State()
+			if spare == SpareAuto && from.ID != "" && st.Phase != PhaseClean {
+				t.Fatalf("%s: the old snapshot is lost before the new one is whole: %s", what, st.Phase)
+			}
 			switch {
 			case st.Phase == PhaseClean:
 				volSame(t, what+": clean", descs[st.Base.ID], volDescribe(t, v.Path()))
@@ -184,6 +194,7 @@ func TestVolumeHydrateFetchesLittle(t *testing.T) {
 	volSame(t, "after a reboot", descs[one.ID], volDescribe(t, v.Path()))
 
 	// Nine tenths done.
+	v.cfg.SpareCopy = SpareNever
 	writes := 0
 	hook.set(func(op fsx.Op, path string) error {
 		if volPoint("apply-meta", op, path) {
@@ -352,7 +363,7 @@ func TestVolumeDiskFull(t *testing.T) {
 	f := rig.open(filepath.Join(dir, "w"), nil)
 	_, err = f.Hydrate(ctx, rig.store, one, nil)
 	volOK(t, err)
-	volWrite(t, fill, 0, volData(3, 5<<20))
+	volWrite(t, fill, 0, volData(3, 8<<20))
 	_, err = f.Hydrate(ctx, rig.store, two, nil)
 	volIs(t, err, ErrNoRoom)
 	volSame(t, "untouched", desc, volDescribe(t, f.Path()))
@@ -614,7 +625,7 @@ func TestVolumeImport(t *testing.T) {
 	hook.set(nil)
 	st, err := v.Import(ctx, src, nil)
 	volOK(t, err)
-	if len(st.Skipped) != 1 || st.Skipped[0] != "fifo" || st.Files != 2 {
+	if len(st.Skipped) != 1 || st.Skipped[0] != "fifo" || st.Files != 3 {
 		t.Fatalf("%+v", st)
 	}
 	volSame(t, "imported", want, volDescribe(t, v.Path()))
