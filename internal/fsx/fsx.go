@@ -10,6 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrCrash is what a test's hook returns to say that the process dies here: the code
@@ -62,11 +65,40 @@ type FS interface {
 	Remove(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
 	Stat(path string) (fs.FileInfo, error)
+	// Identify asks for a file's identity past every cache of attributes: on a network file
+	// system the server answers. The name is looked up like any other. It labels as OpStat.
+	Identify(path string) (Identity, error)
 	// SyncDir makes the directory's entries durable.
 	SyncDir(path string) error
 	// At is a labelled point for steps that bypass this interface (raw system calls on
 	// the volume). The real file system does nothing and returns nil.
 	At(label, path string) error
+}
+
+// Identity tells one state of a file from every other: two that are equal, seen one after the
+// other under one name, are the same file with the same names and the same bytes.
+type Identity struct {
+	Content
+	Links uint32
+	Ctime int64 // nanoseconds
+}
+
+// Content tells a file that is written once from every other one: it stays the same for life,
+// whatever happens to the file's names.
+type Content struct {
+	Dev, Inode uint64
+	Size       int64
+	Mtime      int64 // nanoseconds
+}
+
+// ContentOf takes the content's identity from what Stat of an open file says; the zero Content
+// if that is not known.
+func ContentOf(i fs.FileInfo) Content {
+	st, ok := i.Sys().(*syscall.Stat_t)
+	if !ok {
+		return Content{}
+	}
+	return Content{Dev: st.Dev, Inode: st.Ino, Size: st.Size, Mtime: st.Mtim.Nano()}
 }
 
 // OS is the real file system.
@@ -103,6 +135,25 @@ func (OS) ReadDir(path string) ([]fs.DirEntry, error) { return os.ReadDir(path) 
 // Stat implements FS (it follows symbolic links).
 func (OS) Stat(path string) (fs.FileInfo, error) { return os.Stat(path) }
 
+// Identify implements FS.
+func (OS) Identify(path string) (Identity, error) {
+	var st unix.Statx_t
+	for {
+		err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &st)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return Identity{}, &fs.PathError{Op: "statx", Path: path, Err: err}
+		}
+	}
+	ns := func(t unix.StatxTimestamp) int64 { return t.Sec*1e9 + int64(t.Nsec) }
+	return Identity{
+		Content: Content{Dev: unix.Mkdev(st.Dev_major, st.Dev_minor), Inode: st.Ino, Size: int64(st.Size), Mtime: ns(st.Mtime)},
+		Links:   st.Nlink, Ctime: ns(st.Ctime),
+	}, nil
+}
+
 // SyncDir implements FS.
 func (OS) SyncDir(path string) error {
 	d, err := os.Open(path)
@@ -124,12 +175,17 @@ func ReadFile(fsys FS, path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return ReadAll(f, limit)
+}
+
+// ReadAll is ReadFile for a file that is open.
+func ReadAll(f File, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
+		return nil, fmt.Errorf("read %s: %w", f.Name(), err)
 	}
 	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("read %s: larger than %d bytes", path, limit)
+		return nil, fmt.Errorf("read %s: larger than %d bytes", f.Name(), limit)
 	}
 	return b, nil
 }

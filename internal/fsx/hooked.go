@@ -91,6 +91,12 @@ func (h *Hooked) Stat(p string) (i fs.FileInfo, err error) {
 	return i, err
 }
 
+// Identify implements FS.
+func (h *Hooked) Identify(p string) (id Identity, err error) {
+	err = h.do(OpStat, p, func() (e error) { id, e = h.FS.Identify(p); return })
+	return id, err
+}
+
 // SyncDir implements FS.
 func (h *Hooked) SyncDir(p string) error {
 	return h.do(OpSyncDir, p, func() error { return h.FS.SyncDir(p) })

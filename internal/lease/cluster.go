@@ -192,7 +192,7 @@ func (r *FileRegister) create(ctx context.Context, info clusterInfo, first Recor
 	// The directory's name is random and ours alone, so this can't meet another record 1.
 	// Link all the same: it shows now whether the file system can do it.
 	tmp := filepath.Join(r.dir, tempName(1, first.Nonce))
-	if err := r.writeTemp(tmp, data); err != nil {
+	if _, err := r.writeTemp(tmp, data); err != nil {
 		return err
 	}
 	if err := r.fs.Link(tmp, r.path(1)); err != nil {
@@ -322,14 +322,32 @@ func (r *FileRegister) readCluster() (clusterInfo, error) {
 }
 
 // checkCluster is done on every operation: a share that was unmounted, replaced or rescued
-// under a running agent must be noticed before anything is believed or written.
+// under a running agent must be noticed before anything is believed or written. The file is
+// read anew when anything about it has changed, its names included; whether it has is asked
+// of the server each time.
 func (r *FileRegister) checkCluster() error {
-	info, err := r.readCluster()
-	if err != nil {
-		return err
+	id, err := r.fs.Identify(filepath.Join(r.share, clusterFile))
+	if err == nil {
+		r.mu.Lock()
+		same := id == r.cluster
+		r.mu.Unlock()
+		if same {
+			return nil
+		}
+	}
+	// Also after an error: reading says what is wrong.
+	info, rerr := r.readCluster()
+	if rerr != nil {
+		return rerr
 	}
 	if info != r.id {
 		return fmt.Errorf("the file %s has changed: %w", clusterFile, ErrWrongCluster)
+	}
+	if err == nil {
+		// As it was before it was read: had it changed since, the next look shows it.
+		r.mu.Lock()
+		r.cluster = id
+		r.mu.Unlock()
 	}
 	return nil
 }

@@ -53,6 +53,11 @@ type FileRegister struct {
 	log     hclog.Logger
 	ids     *idSource
 	workers workers
+
+	mu      sync.Mutex
+	cluster fsx.Identity // of the file `cluster` when it was last read and found to be ours
+	known   Record       // the newest record that is certainly a true one; Version 0: none
+	file    fsx.Content  // ... the file that it was read from or written to
 }
 
 var _ Register = (*FileRegister)(nil)
@@ -136,7 +141,13 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 			return Record{}, err
 		}
 		newest := versions[len(versions)-1]
-		rec, err := r.read(newest)
+		if rec, file := r.knownRecord(); rec.Version == newest {
+			// It was looked at when its number was new, and is still the same file.
+			if id, err := r.fs.Identify(r.path(newest)); err == nil && id.Content == file {
+				return rec, nil
+			}
+		}
+		rec, file, err := r.readFile(newest)
 		if err == nil && newest > 1 {
 			// A listing takes time. Had it missed more records than are kept, what it shows
 			// as the newest would be a stray one, whose predecessor is gone
@@ -144,7 +155,8 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 			_, err = r.fs.Stat(r.path(newest - 1))
 		}
 		if err == nil {
-			return rec, nil
+			r.learn(rec, file)
+			return rec.Clone(), nil
 		}
 		// We slept between listing and opening, and the record was pruned meanwhile:
 		// never walk up from it, list again.
@@ -154,6 +166,22 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 		last = err
 	}
 	return Record{}, last
+}
+
+// knownRecord is the newest record that is certainly a true one, and the file that holds it.
+func (r *FileRegister) knownRecord() (Record, fsx.Content) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known.Clone(), r.file
+}
+
+// learn keeps a record that was loaded or swapped in.
+func (r *FileRegister) learn(rec Record, file fsx.Content) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if file != (fsx.Content{}) {
+		r.known, r.file = rec.Clone(), file
+	}
 }
 
 // Record returns one record by its version: fs.ErrNotExist if it is gone or not there yet.
@@ -189,21 +217,39 @@ func (r *FileRegister) path(version uint64) string {
 }
 
 func (r *FileRegister) read(version uint64) (Record, error) {
-	b, err := fsx.ReadFile(r.fs, r.path(version), maxRecordSize)
+	rec, _, err := r.readFile(version)
+	return rec, err
+}
+
+// readFile also says which file it was.
+func (r *FileRegister) readFile(version uint64) (Record, fsx.Content, error) {
+	fail := func(err error) (Record, fsx.Content, error) {
+		return Record{}, fsx.Content{}, fmt.Errorf("read record %d: %w", version, err)
+	}
+	f, err := r.fs.Open(r.path(version))
 	if err != nil {
-		return Record{}, fmt.Errorf("read record %d: %w", version, err)
+		return fail(err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fail(err)
+	}
+	b, err := fsx.ReadAll(f, maxRecordSize)
+	if err != nil {
+		return fail(err)
 	}
 	rec, err := decodeRecord(b)
 	if err != nil {
-		return Record{}, fmt.Errorf("read record %d: %w", version, err)
+		return fail(err)
 	}
 	if rec.Version != version {
-		return Record{}, fmt.Errorf("read record %d: it says version %d: %w", version, rec.Version, ErrCorrupt)
+		return fail(fmt.Errorf("it says version %d: %w", rec.Version, ErrCorrupt))
 	}
 	if rec.ClusterID != r.id.ClusterID {
-		return Record{}, fmt.Errorf("read record %d: it has cluster id %s: %w", version, rec.ClusterID, ErrWrongCluster)
+		return fail(fmt.Errorf("it has cluster id %s: %w", rec.ClusterID, ErrWrongCluster))
 	}
-	return rec, nil
+	return rec, fsx.ContentOf(st), nil
 }
 
 func encodeRecord(rec Record) ([]byte, error) {

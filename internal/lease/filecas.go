@@ -65,33 +65,21 @@ func (r *FileRegister) swap(ctx context.Context, prev, next Record, data []byte,
 	if err := r.checkCluster(); err != nil {
 		return err
 	}
-	// A look before the link keeps stray records rare (a link to a number that was pruned
-	// long ago, or above a register that went back). It proves nothing about afterwards.
-	versions, _, err := r.list()
+	before, err := r.lookBefore(prev)
 	if err != nil {
 		return err
-	}
-	switch newest := versions[len(versions)-1]; {
-	case newest > prev.Version:
-		return fmt.Errorf("newest is %d: %w", newest, ErrConflict)
-	case newest < prev.Version:
-		return fmt.Errorf("newest is %d: %w", newest, ErrWentBack)
-	}
-	there, err := r.unchanged(prev)
-	if err != nil {
-		return err
-	}
-	if !there {
-		return fmt.Errorf("record %d is another one: %w", prev.Version, ErrConflict)
 	}
 
 	tmp := filepath.Join(r.dir, tempName(next.Version, next.Nonce))
-	err = r.writeTemp(tmp, data)
+	file, err := r.writeTemp(tmp, data)
 	if err == nil && !off.make() {
 		err = fmt.Errorf("given up before anything was offered: %w", context.Cause(ctx))
 	}
 	if err == nil {
-		err = r.publish(prev, next, tmp)
+		err = r.publish(prev, next, tmp, before)
+	}
+	if err == nil {
+		r.learn(next, file)
 	}
 	if !errors.Is(err, fsx.ErrCrash) {
 		// Only a name: the record itself has another one by now, or was refused.
@@ -102,25 +90,65 @@ func (r *FileRegister) swap(ctx context.Context, prev, next Record, data []byte,
 	return err
 }
 
+// lookBefore finds the file of the record that was loaded. It also keeps stray records rare (a
+// link to a number that was pruned long ago, or above a register that went back), but proves
+// nothing about afterwards.
+func (r *FileRegister) lookBefore(prev Record) (fsx.Identity, error) {
+	id, err := r.fs.Identify(r.path(prev.Version))
+	if known, file := r.knownRecord(); err == nil && known.Version == prev.Version && known.Nonce == prev.Nonce && id.Content == file {
+		return id, nil
+	}
+	versions, _, err := r.list()
+	if err != nil {
+		return id, err
+	}
+	switch newest := versions[len(versions)-1]; {
+	case newest > prev.Version:
+		return id, fmt.Errorf("newest is %d: %w", newest, ErrConflict)
+	case newest < prev.Version:
+		return id, fmt.Errorf("newest is %d: %w", newest, ErrWentBack)
+	}
+	rec, file, err := r.readFile(prev.Version)
+	if err != nil {
+		return id, err
+	}
+	if rec.Nonce != prev.Nonce {
+		return id, fmt.Errorf("record %d is another one: %w", prev.Version, ErrConflict)
+	}
+	if id.Content != file {
+		id = fsx.Identity{} // it changed while it was looked at: read it once more afterwards
+	}
+	return id, nil
+}
+
 // writeTemp makes the complete record durable under its temporary name. The name itself
 // need not be durable.
-func (r *FileRegister) writeTemp(tmp string, data []byte) error {
+func (r *FileRegister) writeTemp(tmp string, data []byte) (fsx.Content, error) {
 	f, err := r.fs.Create(tmp)
 	if err != nil {
-		return err
+		return fsx.Content{}, err
 	}
+	var file fsx.Content
 	_, err = f.Write(data)
 	if err == nil {
 		err = f.Sync()
 	}
+	if err == nil {
+		// The server's answer to the write has told it; this asks nobody.
+		var st fs.FileInfo
+		if st, err = f.Stat(); err == nil {
+			file = fsx.ContentOf(st)
+		}
+	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	return err
+	return file, err
 }
 
 // publish offers the name and finds out what came of it: nil, ErrConflict or ErrUnknown.
-func (r *FileRegister) publish(prev, next Record, tmp string) error {
+// before is prev's file as it was seen, zero if that was not seen well.
+func (r *FileRegister) publish(prev, next Record, tmp string, before fsx.Identity) error {
 	unknown := func(err error) error { return fmt.Errorf("%w: %w", ErrUnknown, err) }
 	lerr := r.fs.Link(tmp, r.path(next.Version))
 	if errors.Is(lerr, fsx.ErrCrash) {
@@ -145,7 +173,7 @@ func (r *FileRegister) publish(prev, next Record, tmp string) error {
 	// loaded, is the number the successor of what the caller has seen. Records are removed
 	// in ascending order, so a number that was free because it had been pruned has no
 	// predecessor any more.
-	there, err := r.unchanged(prev)
+	there, err := r.unchanged(prev, before)
 	if err != nil {
 		return unknown(err)
 	}
@@ -158,9 +186,15 @@ func (r *FileRegister) publish(prev, next Record, tmp string) error {
 	return nil
 }
 
-// unchanged looks up a record afresh, in a new listing and by reading it, and says whether it
-// is exactly the one given.
-func (r *FileRegister) unchanged(rec Record) (bool, error) {
+// unchanged looks up a record afresh and says whether it is exactly the one given. The same file
+// under its name, with not even its names changed since it was seen before, is that record;
+// otherwise a new listing and reading it tell.
+func (r *FileRegister) unchanged(rec Record, before fsx.Identity) (bool, error) {
+	if before != (fsx.Identity{}) {
+		if id, err := r.fs.Identify(r.path(rec.Version)); err == nil && id == before {
+			return true, nil
+		}
+	}
 	versions, _, err := r.list()
 	if err != nil {
 		return false, err

@@ -1,12 +1,14 @@
 package supervisor
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -31,14 +33,20 @@ type Member struct {
 	Version     string `json:"version,omitempty"`
 }
 
-// members is the directory members/ of the share. Every beat is a new file named
-// <instance>~<beat>, created exclusively, and the one before is removed: nothing is ever
-// overwritten, so a reader never sees a half-written mixture of two beats. Whether another
-// instance is alive is judged by its beat changing, on one's own clock.
+// members is the directory members/ of the share. A beat is a file named
+// <instance>~<beat>~<nonce>. When there is news it is a new file, created exclusively, whose
+// nonce stands for what it says; otherwise the file only gets the next beat's name: linked to
+// it, the old name removed. Nothing is ever overwritten, so a reader never sees a half-written
+// mixture of two beats, and it reads only what says something new. Whether another instance is
+// alive is judged by its beat changing, on one's own clock.
 type members struct {
 	fs    fsx.FS
 	dir   string
 	clock boottime.Clock
+
+	// Of the last beat; only beat uses them.
+	name, nonce string
+	said        []byte
 
 	mu     sync.Mutex
 	seen   map[string]seenBeat
@@ -63,25 +71,27 @@ func newMembers(fsys fsx.FS, share string, clock boottime.Clock) *members {
 	return &members{fs: fsys, dir: filepath.Join(share, "members"), clock: clock, seen: map[string]seenBeat{}}
 }
 
-// beat announces m and looks at the others. It may hang with the share.
+// beat announces m, under a name with this nonce if it says something new, and looks at the
+// others. Of a primary the others know by its lease that it lives: it only tells news. It may
+// hang with the share.
 func (ms *members) beat(m Member, nonce string) error {
-	if err := ms.fs.MkdirAll(ms.dir); err != nil {
-		return fmt.Errorf("make members directory: %w", err)
-	}
 	newest, own, last, err := ms.list(m.Instance)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := ms.fs.MkdirAll(ms.dir); err != nil {
+			return fmt.Errorf("make members directory: %w", err)
+		}
+		newest, own, last, err = ms.list(m.Instance)
+	}
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(m)
-	if err != nil {
-		return fmt.Errorf("encode member: %w", err)
-	}
-	// Zero-padded, so that names sort like numbers.
-	name := fmt.Sprintf("%s%s%016x%s%s", m.Instance, memberSeparator, last+1, memberSeparator, nonce)
-	if err := ms.write(filepath.Join(ms.dir, name), data); err != nil {
+	if err := ms.announce(m, nonce, last, slices.Contains(own, ms.name)); err != nil {
 		return err
 	}
 	for _, o := range own {
+		if o == ms.name {
+			continue
+		}
 		if err := ms.fs.Remove(filepath.Join(ms.dir, o)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove old member file: %w", err)
 		}
@@ -89,6 +99,41 @@ func (ms *members) beat(m Member, nonce string) error {
 	ms.look(newest)
 	return nil
 }
+
+// announce makes the beat after the one numbered last. there says that the last beat's file
+// still is.
+func (ms *members) announce(m Member, nonce string, last uint64, there bool) error {
+	data, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode member: %w", err)
+	}
+	same := there && bytes.Equal(data, ms.said)
+	if same && m.State == StatePrimary {
+		return nil
+	}
+	if same {
+		name := beatName(m.Instance, last+1, ms.nonce)
+		if err := ms.fs.Link(filepath.Join(ms.dir, ms.name), filepath.Join(ms.dir, name)); err == nil {
+			ms.name = name
+			return nil
+		}
+		// Whatever it was: a new file needs nothing of the old one.
+	}
+	name := beatName(m.Instance, last+1, nonce)
+	if err := ms.write(filepath.Join(ms.dir, name), data); err != nil {
+		return err
+	}
+	ms.name, ms.nonce, ms.said = name, nonce, data
+	return nil
+}
+
+// beatName is zero-padded, so that names sort like numbers.
+func beatName(instance string, beat uint64, nonce string) string {
+	return fmt.Sprintf("%s%s%016x%s%s", instance, memberSeparator, beat, memberSeparator, nonce)
+}
+
+// nonceOf returns what a beat's name says about its content.
+func nonceOf(name string) string { return name[strings.LastIndex(name, memberSeparator)+1:] }
 
 // refresh looks at the others without announcing anything. It may hang with the share.
 func (ms *members) refresh(self string) error {
@@ -151,6 +196,12 @@ func (ms *members) look(newest map[string]string) {
 		old, known := ms.seen[inst]
 		ms.mu.Unlock()
 		if known && old.name == name {
+			continue
+		}
+		if known && nonceOf(old.name) == nonceOf(name) {
+			ms.mu.Lock()
+			ms.seen[inst] = seenBeat{name: name, since: now, changed: true, member: old.member}
+			ms.mu.Unlock()
 			continue
 		}
 		b, err := fsx.ReadFile(ms.fs, filepath.Join(ms.dir, name), maxMemberFile)

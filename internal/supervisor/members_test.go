@@ -1,8 +1,10 @@
 package supervisor
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,9 +17,11 @@ func TestMembers(t *testing.T) {
 	share := t.TempDir()
 	clock := boottime.NewFake()
 	const window = 10 * time.Second
+	n := 0
 	beat := func(ms *members, m Member) {
 		t.Helper()
-		if err := ms.beat(m, "nonce"); err != nil {
+		n++
+		if err := ms.beat(m, fmt.Sprint("nonce", n)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -92,5 +96,45 @@ func TestMembersHalfWritten(t *testing.T) {
 	}
 	if got := ms.alive(time.Hour); len(got) != 1 {
 		t.Errorf("the whole beat was not seen: %+v", got)
+	}
+}
+
+// TestMembersBudget: an instance without news costs the share four requests a beat (the listing,
+// a name more, a name less), a primary without news changes nothing on it, and what was read
+// once is not read again.
+func TestMembersBudget(t *testing.T) {
+	share, clock := t.TempDir(), boottime.NewFake()
+	var ops []fsx.Op
+	counted := &fsx.Hooked{FS: fsx.OS{}, Before: func(op fsx.Op, _ string) error { ops = append(ops, op); return nil }}
+	a, b := newMembers(counted, share, clock), newMembers(counted, share, clock)
+	n := 0
+	beat := func(ms *members, m Member, want ...fsx.Op) {
+		t.Helper()
+		n++
+		ops = nil
+		if err := ms.beat(m, fmt.Sprint("nonce", n)); err != nil {
+			t.Fatal(err)
+		}
+		if want != nil && !slices.Equal(ops, want) {
+			t.Errorf("operations %v, want %v", ops, want)
+		}
+	}
+	standby, primary := Member{Instance: "b", State: StateStandby, Eligible: true}, Member{Instance: "a", State: StatePrimary}
+	beat(b, standby)
+	beat(a, primary)
+	beat(b, standby) // reads the other's, once
+	for range 3 {
+		beat(b, standby, fsx.OpReadDir, fsx.OpLink, fsx.OpRemove)
+		beat(a, primary, fsx.OpReadDir)
+		if got := a.alive(time.Second); len(got) != 1 || !got[0].Eligible {
+			t.Fatalf("the standby that beats without news is not seen: %+v", got)
+		}
+		clock.Advance(10 * time.Second)
+	}
+	standby.BaseSeq = 7
+	beat(b, standby, fsx.OpReadDir, fsx.OpCreate, fsx.OpWrite, fsx.OpClose, fsx.OpRemove)
+	beat(a, primary)
+	if got := a.alive(time.Second); len(got) != 1 || got[0].BaseSeq != 7 {
+		t.Errorf("news is not seen: %+v", got)
 	}
 }
