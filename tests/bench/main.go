@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"time"
 
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 // options are the command line.
@@ -39,7 +39,7 @@ type options struct {
 }
 
 func main() {
-	if code, asked := share.ServeIfAsked(); asked {
+	if code, asked := efssim.ServeIfAsked(); asked {
 		os.Exit(code)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -11,7 +11,7 @@ import (
 
 	"dbsupervisor/internal/api"
 	"dbsupervisor/tests/cluster"
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 func howOperations(r *rig) string {
@@ -36,7 +36,7 @@ func (r *rig) operations(ctx context.Context, s *section) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	var mounts []*share.Remote
+	var mounts []*efssim.Remote
 	var is []*cluster.Instance
 	defer func() {
 		for _, m := range mounts {
@@ -48,7 +48,7 @@ func (r *rig) operations(ctx context.Context, s *section) (err error) {
 		if err := os.Mkdir(at, 0o755); err != nil {
 			return err
 		}
-		m, err := share.Spawn(c.Share, at)
+		m, err := efssim.Spawn(c.Share, at)
 		if err != nil {
 			return err
 		}
@@ -74,7 +74,7 @@ func (r *rig) operations(ctx context.Context, s *section) (err error) {
 	return countIdle(ctx, s, "idle, as a standby", mounts[1])
 }
 
-func (r *rig) countSnapshots(ctx context.Context, s *section, i *cluster.Instance, m *share.Remote) error {
+func (r *rig) countSnapshots(ctx context.Context, s *section, i *cluster.Instance, m *efssim.Remote) error {
 	one := *r
 	one.a, one.pages = i, mib/page
 	if err := one.dirtyFile(0); err != nil {
@@ -106,7 +106,7 @@ func (r *rig) countSnapshots(ctx context.Context, s *section, i *cluster.Instanc
 	return nil
 }
 
-func countIdle(ctx context.Context, s *section, what string, m *share.Remote) error {
+func countIdle(ctx context.Context, s *section, what string, m *efssim.Remote) error {
 	before, err := m.Stats()
 	if err != nil {
 		return err
@@ -125,9 +125,9 @@ func countIdle(ctx context.Context, s *section, what string, m *share.Remote) er
 }
 
 // addOps adds the operations between two looks, by kind.
-func addOps(s *section, what string, before, after share.Stats) {
+func addOps(s *section, what string, before, after efssim.Stats) {
 	s.add(what+": operations", "", float64(after.Total()-before.Total()))
-	var kinds []share.Op
+	var kinds []efssim.Op
 	for op := range after.Ops {
 		kinds = append(kinds, op)
 	}

@@ -13,7 +13,7 @@ import (
 	"dbsupervisor/internal/api"
 	"dbsupervisor/internal/cgroup"
 	"dbsupervisor/tests/cluster"
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 // TestDaemon: the primary's Docker daemon ends, is killed, or hangs. The standby has the
@@ -26,13 +26,13 @@ func TestDaemon(t *testing.T) {
 
 // onEngine runs a primary whose container is on e and a warm standby on the machine's
 // engine. The primary sees the shared directory through a file system that breaks on demand.
-func onEngine(t *testing.T, e *engine) (*cluster.Cluster, *share.Remote, context.Context) {
+func onEngine(t *testing.T, e *engine) (*cluster.Cluster, *efssim.Remote, context.Context) {
 	t.Helper()
 	c, ctx := start(t, 0)
 	t.Cleanup(func() { must(t, e.revive()) })
 	at := filepath.Join(c.Root, "mnt")
 	must(t, os.Mkdir(at, 0o755))
-	sh, err := share.Spawn(c.Share, at)
+	sh, err := efssim.Spawn(c.Share, at)
 	must(t, err)
 	t.Cleanup(func() { _ = sh.Close() })
 	a, err := c.Add(at)

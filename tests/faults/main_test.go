@@ -17,7 +17,7 @@ import (
 	"dbsupervisor/internal/lease"
 	"dbsupervisor/internal/lease/history"
 	"dbsupervisor/tests/cluster"
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 // binary is the program under test, built once by TestMain.
@@ -27,7 +27,7 @@ type environment struct{ binary, root string }
 var env environment
 
 func TestMain(m *testing.M) {
-	if code, asked := share.ServeIfAsked(); asked {
+	if code, asked := efssim.ServeIfAsked(); asked {
 		os.Exit(code)
 	}
 	os.Exit(run(m))

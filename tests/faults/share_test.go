@@ -11,19 +11,19 @@ import (
 
 	"dbsupervisor/internal/api"
 	"dbsupervisor/tests/cluster"
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 // mounted runs a cluster whose instances see the shared directory through file systems
 // that break on demand, one each.
-func mounted(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Cluster, []*share.Remote, context.Context) {
+func mounted(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Cluster, []*efssim.Remote, context.Context) {
 	t.Helper()
 	c, ctx := start(t, 0, edit...)
-	var shares []*share.Remote
+	var shares []*efssim.Remote
 	for k := range n {
 		at := filepath.Join(c.Root, "mnt"+string(rune('a'+k)))
 		must(t, os.Mkdir(at, 0o755))
-		sh, err := share.Spawn(c.Share, at)
+		sh, err := efssim.Spawn(c.Share, at)
 		must(t, err)
 		t.Cleanup(func() { _ = sh.Close() })
 		shares = append(shares, sh)
@@ -106,12 +106,12 @@ func TestShareHangsLong(t *testing.T) {
 func TestShareFails(t *testing.T) {
 	for _, f := range []struct {
 		name   string
-		break_ func(*share.Remote) error
+		break_ func(*efssim.Remote) error
 		word   string // in what status says
 	}{
-		{"EIO", func(r *share.Remote) error { return r.Fail(syscall.EIO) }, "input/output error"},
-		{"ENOSPC", func(r *share.Remote) error { return r.NoSpace(0) }, "no space left"},
-		{"read-only", func(r *share.Remote) error { return r.ReadOnly() }, "read-only file system"},
+		{"EIO", func(r *efssim.Remote) error { return r.Fail(syscall.EIO) }, "input/output error"},
+		{"ENOSPC", func(r *efssim.Remote) error { return r.NoSpace(0) }, "no space left"},
+		{"read-only", func(r *efssim.Remote) error { return r.ReadOnly() }, "read-only file system"},
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			c, shares, ctx := mounted(t, 1)

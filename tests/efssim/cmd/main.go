@@ -1,15 +1,16 @@
 // Command cmd mounts a directory through a file system that breaks on demand (package
-// share), until it is interrupted or unmounted:
+// efssim), until it is interrupted or unmounted:
 //
-//	go run ./tests/share/cmd -backing A -mount B -control S
+//	go run ./tests/efssim/cmd [-efs] -backing A -mount B -control S
 //
 // and controls it from elsewhere:
 //
-//	go run ./tests/share/cmd -control S hang [OP...]
-//	go run ./tests/share/cmd -control S fail ERRNO [OP...]
-//	go run ./tests/share/cmd -control S readonly | heal | stats | unmount
-//	go run ./tests/share/cmd -control S nospace [BYTES]
-//	go run ./tests/share/cmd -control S slow LOOK CHANGE [BYTES_PER_SECOND]
+//	go run ./tests/efssim/cmd -control S hang [OP...]
+//	go run ./tests/efssim/cmd -control S fail ERRNO [OP...]
+//	go run ./tests/efssim/cmd -control S readonly | heal | stats | forget | unmount
+//	go run ./tests/efssim/cmd -control S stale DIRECTORY
+//	go run ./tests/efssim/cmd -control S nospace [BYTES]
+//	go run ./tests/efssim/cmd -control S slow LOOK CHANGE [BYTES_PER_SECOND]
 package main
 
 import (
@@ -28,7 +29,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"dbsupervisor/tests/share"
+	"dbsupervisor/tests/efssim"
 )
 
 func main() {
@@ -45,6 +46,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags := flag.NewFlagSet("share", flag.ContinueOnError)
 	backing := flags.String("backing", "", "directory to pass through to")
 	mount := flags.String("mount", "", "empty directory to mount at")
+	efs := flags.Bool("efs", false, "cache as an NFS client does and be as slow as EFS")
 	control := flags.String("control", "", "unix socket for the control commands")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -53,12 +55,16 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 		return errors.New("-control is required")
 	}
 	if *mount != "" {
-		return share.Serve(ctx, share.ServeConfig{Backing: *backing, Mountpoint: *mount, Control: *control}, out)
+		var o efssim.Options
+		if *efs {
+			o = efssim.EFS()
+		}
+		return efssim.Serve(ctx, efssim.ServeConfig{Backing: *backing, Mountpoint: *mount, Control: *control, Options: o}, out)
 	}
-	return command(share.Dial(*control), flags.Args(), out)
+	return command(efssim.Dial(*control), flags.Args(), out)
 }
 
-func command(r *share.Remote, args []string, out io.Writer) error {
+func command(r *efssim.Remote, args []string, out io.Writer) error {
 	if len(args) == 0 {
 		return errors.New("no command given")
 	}
@@ -100,6 +106,10 @@ func command(r *share.Remote, args []string, out io.Writer) error {
 			return err
 		}
 		return r.Slow(look, change, rate)
+	case "stale":
+		return r.StaleListings(arg(0))
+	case "forget":
+		return r.Forget()
 	case "heal", "resume":
 		return r.Heal()
 	case "unmount":
@@ -115,20 +125,20 @@ func command(r *share.Remote, args []string, out io.Writer) error {
 		}
 		slices.Sort(names)
 		for _, n := range names {
-			if _, err := fmt.Fprintf(out, "%-10s %d\n", n, s.Ops[share.Op(n)]); err != nil {
+			if _, err := fmt.Fprintf(out, "%-10s %d\n", n, s.Ops[efssim.Op(n)]); err != nil {
 				return err
 			}
 		}
-		_, err = fmt.Fprintf(out, "read       %d bytes\nwritten    %d bytes\nheld       %d\n", s.Read, s.Written, s.Held)
+		_, err = fmt.Fprintf(out, "read       %d bytes\nwritten    %d bytes\nheld       %d\nNFSv4.1    %v\n", s.Read, s.Written, s.Held, s.NFS)
 		return err
 	}
 	return fmt.Errorf("unknown command %q", cmd)
 }
 
-func ops(args []string) []share.Op {
-	var list []share.Op
+func ops(args []string) []efssim.Op {
+	var list []efssim.Op
 	for _, a := range args {
-		list = append(list, share.Op(a))
+		list = append(list, efssim.Op(a))
 	}
 	return list
 }

@@ -1,4 +1,4 @@
-package share
+package efssim
 
 import (
 	"bufio"
@@ -18,8 +18,9 @@ import (
 
 // request and reply are one line of JSON each on the control socket.
 type request struct {
-	Cmd   string `json:"cmd"` // inject, heal, stats, unmount
+	Cmd   string `json:"cmd"` // inject, heal, stats, pace, forget, unmount
 	Fault Fault  `json:"fault,omitzero"`
+	Pace  Pace   `json:"pace,omitzero"`
 }
 
 type reply struct {
@@ -29,9 +30,10 @@ type reply struct {
 
 // ServeConfig is what a serving process is told.
 type ServeConfig struct {
-	Backing    string `json:"backing"`
-	Mountpoint string `json:"mountpoint"`
-	Control    string `json:"control"` // path of the unix socket
+	Backing    string  `json:"backing"`
+	Mountpoint string  `json:"mountpoint"`
+	Control    string  `json:"control"` // path of the unix socket
+	Options    Options `json:"options,omitzero"`
 	// Life ends the server when it is at its end: the pipe to the parent. May be nil.
 	Life io.Reader `json:"-"`
 }
@@ -39,7 +41,7 @@ type ServeConfig struct {
 // Serve mounts and serves until the context ends, Life ends or the file system is
 // unmounted. It writes one line to ready (may be nil) when all is in place.
 func Serve(ctx context.Context, cfg ServeConfig, ready io.Writer) (err error) {
-	s, err := Mount(cfg.Backing, cfg.Mountpoint)
+	s, err := Mount(cfg.Backing, cfg.Mountpoint, cfg.Options)
 	if err != nil {
 		return err
 	}
@@ -158,6 +160,11 @@ const serveEnv = "DBSUPERVISOR_TEST_SHARE"
 // program, which must call ServeIfAsked before anything else (a test in its TestMain). The
 // server ends with this process at the latest, however that ends. The caller calls Close.
 func Spawn(backing, mountpoint string) (*Remote, error) {
+	return SpawnWith(backing, mountpoint, Options{})
+}
+
+// SpawnWith is Spawn for a share that is more like EFS.
+func SpawnWith(backing, mountpoint string, o Options) (*Remote, error) {
 	if os.Getenv(serveEnv) != "" {
 		return nil, errors.New("spawn share server: this is one; does TestMain call ServeIfAsked?")
 	}
@@ -172,7 +179,7 @@ func Spawn(backing, mountpoint string) (*Remote, error) {
 	r := Dial(filepath.Join(dir, "control"))
 	r.dir = dir
 	r.exit = make(chan struct{})
-	cfg, err := json.Marshal(ServeConfig{Backing: backing, Mountpoint: mountpoint, Control: filepath.Join(dir, "control")})
+	cfg, err := json.Marshal(ServeConfig{Backing: backing, Mountpoint: mountpoint, Control: filepath.Join(dir, "control"), Options: o})
 	if err != nil {
 		return nil, fmt.Errorf("spawn share server: %w", err)
 	}
@@ -243,7 +250,7 @@ func (r *Remote) Close() error {
 
 // ServeIfAsked serves if Spawn started this process. It then returns the exit code and true:
 //
-//	if code, ok := share.ServeIfAsked(); ok {
+//	if code, ok := efssim.ServeIfAsked(); ok {
 //		os.Exit(code)
 //	}
 func ServeIfAsked() (code int, asked bool) {

@@ -1,15 +1,21 @@
-// Package share is a shared directory that breaks on demand: a FUSE file system that passes
-// everything through to a directory and in between hangs, fails, slows down, runs out of
-// room or loses replies. Several mounts of one directory are several clients of one server,
-// each with its own faults.
+// Package efssim is a shared directory as an instance has it over NFSv4.1 from EFS, but
+// simulated: a FUSE file system that passes everything through to a directory. In between
 //
-// Like a network file system it keeps nothing between close and open: no attributes, no
-// names (missing ones neither), no listings. It has no O_TMPFILE.
+//   - it counts what an NFSv4.1 client would have sent, by operation (docs/EFSSIM.md), from a
+//     model of the client's caches: the same calls give the same counts, however noisy the
+//     machine is;
+//   - it takes as long as EFS does, and moves no more bytes a second (Options);
+//   - it breaks on demand: hangs, fails, slows down, runs out of room, loses replies, shows
+//     listings of yesterday (Fault).
+//
+// Several mounts of one directory are several clients of one server, each with its own
+// faults and counts. Without Options it keeps nothing between close and open: no attributes,
+// no names (missing ones neither), no listings. It has neither O_TMPFILE nor fallocate.
 //
 // Use Spawn in tests: the file system is then served by a process of its own, and a test
 // that is killed while it waits for a hung operation can still end. Mount serves it in the
 // caller's process.
-package share
+package efssim
 
 import (
 	"errors"
@@ -82,6 +88,23 @@ func (c Controls) Slow(look, change time.Duration, rate int64) error {
 	)
 }
 
+// StaleListings shows the listings of the directories at and below a path as they are now.
+func (c Controls) StaleListings(under string) error {
+	return c.Inject(Fault{Under: under, Stale: true})
+}
+
+// SetPace makes the server faster or slower from now on.
+func (c Controls) SetPace(p Pace) error {
+	_, err := c.do(request{Cmd: "pace", Pace: p})
+	return err
+}
+
+// Forget empties the client's caches.
+func (c Controls) Forget() error {
+	_, err := c.do(request{Cmd: "forget"})
+	return err
+}
+
 // Stats counts operations since the mount.
 func (c Controls) Stats() (Stats, error) {
 	r, err := c.do(request{Cmd: "stats"})
@@ -101,13 +124,14 @@ type Share struct {
 	mountpoint string
 	conn       string // its directory below /sys/fs/fuse/connections, "" if unknown
 	f          *faults
+	c          *client
 	served     chan struct{}
 }
 
 // Mount mounts the directory backing at mountpoint, which must be an empty directory. What
 // a killed process left mounted there is taken away. The caller calls Unmount. Only root
 // can mount.
-func Mount(backing, mountpoint string) (*Share, error) {
+func Mount(backing, mountpoint string, o Options) (*Share, error) {
 	backing, err := filepath.Abs(backing)
 	if err != nil {
 		return nil, fmt.Errorf("mount share: %w", err)
@@ -133,7 +157,7 @@ func Mount(backing, mountpoint string) (*Share, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open backing directory %s: %w", backing, err)
 	}
-	s := &Share{mountpoint: mountpoint, f: newFaults(), served: make(chan struct{})}
+	s := &Share{mountpoint: mountpoint, f: newFaults(backing), c: newClient(o), served: make(chan struct{})}
 	s.Controls = Controls{do: s.handle}
 	opts := fuse.MountOptions{
 		FsName:            "dbsupervisor-test-share",
@@ -151,7 +175,7 @@ func Mount(backing, mountpoint string) (*Share, error) {
 	}
 	// No time-outs given: the kernel asks every time.
 	inner := fs.NewNodeFS(root, &fs.Options{MountOptions: opts})
-	server, err := fuse.NewServer(newFaulty(inner, s.f), mountpoint, &opts)
+	server, err := fuse.NewServer(newFaulty(inner, s.f, s.c), mountpoint, &opts)
 	if err != nil {
 		return nil, fmt.Errorf("mount share at %s: %w", mountpoint, err)
 	}
@@ -176,11 +200,17 @@ func (s *Share) Done() <-chan struct{} { return s.served }
 func (s *Share) handle(r request) (reply, error) {
 	switch r.Cmd {
 	case "inject":
-		s.f.inject(r.Fault)
+		return reply{}, s.f.inject(r.Fault)
 	case "heal":
 		s.f.heal()
 	case "stats":
-		return reply{Stats: s.f.snapshot()}, nil
+		st := s.f.snapshot()
+		st.NFS = s.c.count()
+		return reply{Stats: st}, nil
+	case "pace":
+		s.c.pace(r.Pace)
+	case "forget":
+		s.c.forget()
 	case "unmount":
 		return reply{}, s.unmount()
 	default:

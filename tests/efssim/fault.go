@@ -1,8 +1,12 @@
-package share
+package efssim
 
 import (
 	"bytes"
+	"fmt"
+	"io/fs"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,6 +38,8 @@ type Fault struct {
 	Delay time.Duration `json:"delay,omitempty"`
 	// Rate limits reads and writes, in bytes a second for all of them together.
 	Rate int64 `json:"rate,omitempty"`
+	// Stale shows listings as they were when the fault began.
+	Stale bool `json:"stale,omitempty"`
 	// Room lets so many written bytes pass before the fault begins.
 	Room int64 `json:"room,omitempty"`
 }
@@ -41,9 +47,48 @@ type Fault struct {
 // Stats counts what reached the file system. A held or failed operation counts.
 type Stats struct {
 	Ops     map[Op]uint64 `json:"ops"`
-	Read    int64         `json:"read"`    // bytes
+	Read    int64         `json:"read"`    // bytes asked for
 	Written int64         `json:"written"` // bytes
 	Held    int           `json:"held"`    // operations that hang right now
+	// NFS is what an NFSv4.1 client would have sent for all that.
+	NFS Wire `json:"nfs"`
+}
+
+// Wire is what goes over the wire.
+type Wire struct {
+	Ops     map[Proc]uint64 `json:"ops"`
+	Read    int64           `json:"read"`    // bytes
+	Written int64           `json:"written"` // bytes
+}
+
+// Total is the number of operations.
+func (w Wire) Total() uint64 {
+	var n uint64
+	for _, v := range w.Ops {
+		n += v
+	}
+	return n
+}
+
+// Since is what came after an earlier count.
+func (w Wire) Since(earlier Wire) Wire {
+	d := Wire{Ops: map[Proc]uint64{}, Read: w.Read - earlier.Read, Written: w.Written - earlier.Written}
+	for p, n := range w.Ops {
+		if n > earlier.Ops[p] {
+			d.Ops[p] = n - earlier.Ops[p]
+		}
+	}
+	return d
+}
+
+// String lists the operations by kind.
+func (w Wire) String() string {
+	var b strings.Builder
+	for _, p := range slices.Sorted(maps.Keys(w.Ops)) {
+		fmt.Fprintf(&b, "%s %d, ", p, w.Ops[p])
+	}
+	fmt.Fprintf(&b, "%d in all; %d bytes read, %d written", w.Total(), w.Read, w.Written)
+	return b.String()
 }
 
 // Total is the number of operations.
@@ -58,14 +103,17 @@ func (s Stats) Total() uint64 {
 // active is a fault that was injected.
 type active struct {
 	Fault
-	left int           // of Times
-	room int64         // left of Room
-	next time.Time     // when Rate lets the next bytes pass
-	gone chan struct{} // closed by heal
+	left int                        // of Times
+	room int64                      // left of Room
+	next time.Time                  // when Rate lets the next bytes pass
+	gone chan struct{}              // closed by heal
+	old  map[string][]fuse.DirEntry // Stale: listings by path
 }
 
 // faults decides about every operation.
 type faults struct {
+	backing string
+
 	mu     sync.Mutex
 	list   []*active
 	stats  Stats
@@ -73,15 +121,65 @@ type faults struct {
 	isShut bool
 }
 
-func newFaults() *faults {
-	return &faults{stats: Stats{Ops: map[Op]uint64{}}, closed: make(chan struct{})}
+func newFaults(backing string) *faults {
+	return &faults{backing: backing, stats: Stats{Ops: map[Op]uint64{}}, closed: make(chan struct{})}
 }
 
-func (f *faults) inject(ft Fault) {
+func (f *faults) inject(ft Fault) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	ft.Under = strings.Trim(ft.Under, "/")
-	f.list = append(f.list, &active{Fault: ft, left: ft.Times, room: ft.Room, gone: make(chan struct{})})
+	a := &active{Fault: ft, left: ft.Times, room: ft.Room, gone: make(chan struct{})}
+	if ft.Stale {
+		var err error
+		if a.old, err = listings(f.backing, ft.Under); err != nil {
+			return fmt.Errorf("inject stale listings: %w", err)
+		}
+	}
+	f.list = append(f.list, a)
+	return nil
+}
+
+// listings are those of all directories at and below a path.
+func listings(backing, under string) (map[string][]fuse.DirEntry, error) {
+	out := map[string][]fuse.DirEntry{}
+	err := filepath.WalkDir(filepath.Join(backing, under), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(backing, path)
+		if err != nil {
+			return err
+		}
+		if rel == "." {
+			rel = ""
+		}
+		if d.IsDir() {
+			out[rel] = []fuse.DirEntry{}
+		}
+		if path == filepath.Join(backing, under) {
+			return nil
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		e := fuse.DirEntry{Name: d.Name(), Mode: syscall.S_IFREG}
+		if d.IsDir() {
+			e.Mode = syscall.S_IFDIR
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok {
+			e.Ino, e.Mode = st.Ino, st.Mode
+		}
+		parent := filepath.Dir(rel)
+		if parent == "." {
+			parent = ""
+		}
+		e.Off = uint64(len(out[parent]) + 1)
+		out[parent] = append(out[parent], e)
+		return nil
+	})
+	return out, err
 }
 
 func (f *faults) heal() {
@@ -178,14 +276,8 @@ func (f *faults) judge(op Op, path string, size int) verdict {
 // run does an operation under the faults. The caller is the thread that asked.
 func (f *faults) run(op Op, path string, size int, caller uint32, effect func() fuse.Status) fuse.Status {
 	v := f.judge(op, path, size)
-	if v.delay > 0 {
-		t := time.NewTimer(v.delay)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-f.closed:
-			return fuse.Status(syscall.ENOTCONN)
-		}
+	if st := f.pause(v.delay); !st.Ok() {
+		return st
 	}
 	if v.after {
 		if st := effect(); !st.Ok() {
@@ -204,6 +296,33 @@ func (f *faults) run(op Op, path string, size int, caller uint32, effect func() 
 		return fuse.OK
 	}
 	return effect()
+}
+
+// pause waits, but not beyond the end of the file system.
+func (f *faults) pause(d time.Duration) fuse.Status {
+	if d <= 0 {
+		return fuse.OK
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return fuse.OK
+	case <-f.closed:
+		return fuse.Status(syscall.ENOTCONN)
+	}
+}
+
+// listing is what a directory shows: nil without a fault, the truth.
+func (f *faults) listing(path string) []fuse.DirEntry {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, a := range f.list {
+		if l, ok := a.old[path]; ok {
+			return l
+		}
+	}
+	return nil
 }
 
 // hold blocks until the fault is healed. Signals other than SIGKILL make no difference:

@@ -1,4 +1,4 @@
-package share
+package efssim
 
 import (
 	"errors"
@@ -303,7 +303,7 @@ func TestUnmountWhileHung(t *testing.T) {
 			if how == "spawned" {
 				c = spawn(t, backing, m).Controls
 			} else {
-				s, err := Mount(backing, m)
+				s, err := Mount(backing, m, Options{})
 				must(t, err)
 				c = s.Controls
 			}
@@ -466,11 +466,11 @@ func TestServerEndsWithAKilledParentThatHangs(t *testing.T) {
 
 func TestMountRefuses(t *testing.T) {
 	backing, m := dirs(t)
-	if _, err := Mount(filepath.Join(backing, "missing"), m); err == nil {
+	if _, err := Mount(filepath.Join(backing, "missing"), m, Options{}); err == nil {
 		t.Error("a backing directory that is missing")
 	}
 	must(t, os.WriteFile(filepath.Join(m, "f"), nil, 0o600))
-	if _, err := Mount(backing, m); err == nil {
+	if _, err := Mount(backing, m, Options{}); err == nil {
 		t.Error("a mount point that is not empty")
 	}
 }
