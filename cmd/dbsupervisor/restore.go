@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"time"
@@ -19,7 +20,7 @@ func (c *choice) flags(cmd *cobra.Command) {
 
 func (a *app) restoreCmd() *cobra.Command {
 	var pick choice
-	to := ""
+	to, copied := "", ""
 	cmd := &cobra.Command{
 		Use:   "restore --to DIR",
 		Short: "Write a snapshot into a new directory (the newest unless --at or --snapshot is given)",
@@ -32,11 +33,7 @@ func (a *app) restoreCmd() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("find directory: %w", err)
 			}
-			cfg, _, err := a.load()
-			if err != nil {
-				return err
-			}
-			s, list, err := openSnapshots(cmd.Context(), cfg)
+			r, list, err := a.snapshotsOf(cmd.Context(), copied, pick.id)
 			if err != nil {
 				return err
 			}
@@ -46,8 +43,10 @@ func (a *app) restoreCmd() *cobra.Command {
 			}
 			began := time.Now()
 			m := newMeter(a.err)
-			err = volsync.Restore(cmd.Context(), s.store, one.SnapshotRef, dir, volsync.RestoreOptions{
-				Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), Progress: m,
+			err = a.pinned(cmd.Context(), r, []volsync.SnapshotRef{one.SnapshotRef}, "restore", func(ctx context.Context) error {
+				return volsync.Restore(ctx, r.store, one.SnapshotRef, dir, volsync.RestoreOptions{
+					Workers: r.workers, MinFree: r.minFree, Progress: m,
+				})
 			})
 			m.done()
 			if err != nil {
@@ -58,6 +57,7 @@ func (a *app) restoreCmd() *cobra.Command {
 		},
 	}
 	pick.flags(cmd)
+	storeFlag(cmd, &copied)
 	cmd.Flags().StringVar(&to, "to", "", "directory, new or empty")
 	_ = cmd.MarkFlagDirname("to") // the flag exists
 	return cmd

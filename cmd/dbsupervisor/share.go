@@ -72,7 +72,7 @@ func openSnapshots(ctx context.Context, cfg *config.Config) (*share, []volsync.S
 }
 
 func openStore(cfg *config.Config, log hclog.Logger) (*volsync.Store, error) {
-	return volsync.OpenStore(volsync.StoreConfig{FS: fsx.OS{}, Dir: cfg.Share, Log: log, Rand: rand.Reader, Workers: cfg.Sync.Workers})
+	return volsync.OpenStore(volsync.StoreConfig{FS: &fsx.Kept{}, Dir: cfg.Share, Log: log, Rand: rand.Reader, Workers: cfg.Sync.Workers})
 }
 
 // snapshots lists what can be restored, newest first. An empty cluster has none.

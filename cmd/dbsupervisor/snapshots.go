@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,12 +18,9 @@ var errDamaged = errors.New("the store is damaged")
 
 func (a *app) snapshotsCmd() *cobra.Command {
 	asJSON := false
+	copied := ""
 	list := func(cmd *cobra.Command, _ []string) error {
-		cfg, _, err := a.load()
-		if err != nil {
-			return err
-		}
-		_, snaps, err := openSnapshots(cmd.Context(), cfg)
+		_, snaps, err := a.snapshotsOf(cmd.Context(), copied, "")
 		if err != nil {
 			return err
 		}
@@ -42,7 +41,8 @@ func (a *app) snapshotsCmd() *cobra.Command {
 	}
 	cmd := &cobra.Command{Use: "snapshots", Short: "List the snapshots; verify them", Args: cobra.NoArgs, RunE: list}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	cmd.AddCommand(a.verifyCmd())
+	storeFlag(cmd, &copied)
+	cmd.AddCommand(a.verifyCmd(), a.pinCmd())
 	return cmd
 }
 
@@ -73,47 +73,59 @@ func snapshotRows(list []volsync.SnapshotInfo) []snapshotRow {
 
 func (a *app) verifyCmd() *cobra.Command {
 	var pick choice
+	copied := ""
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Read everything that the snapshots need and check every block and reference",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, _, err := a.load()
+			r, snaps, err := a.snapshotsOf(cmd.Context(), copied, pick.id)
 			if err != nil {
 				return err
 			}
-			s, snaps, err := openSnapshots(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
+			var refs []volsync.SnapshotRef // none: everything
 			if pick.id != "" {
-				one, err := pick.find(snaps, s.record.Wall)
+				one, err := pick.find(snaps, time.Now())
 				if err != nil {
 					return err
 				}
-				snaps = []volsync.SnapshotInfo{one}
+				snaps, refs = []volsync.SnapshotInfo{one}, []volsync.SnapshotRef{one.SnapshotRef}
 			}
+			var rep volsync.VerifyReport
 			m := newMeter(a.err)
-			rep, err := s.store.Verify(cmd.Context(), snaps, m)
+			err = a.pinned(cmd.Context(), r, refs, "snapshots verify", func(ctx context.Context) error {
+				if pick.id == "" && r.list != nil { // what is retained now that the pin is there
+					if snaps, err = r.list(ctx); err != nil {
+						return err
+					}
+				}
+				rep, err = r.store.Verify(ctx, snaps, m)
+				return err
+			})
 			m.done()
 			if err != nil {
 				return fmt.Errorf("verify snapshots: %w", err)
 			}
-			fmt.Fprintf(a.out, "checked %d snapshots, %d packs, %s\n", rep.Snapshots, rep.Packs, bytes(rep.Bytes))
-			if len(rep.Problems) == 0 {
-				_, err = fmt.Fprintln(a.out, "all of them are whole")
-				return err
-			}
-			for _, p := range rep.Problems {
-				fmt.Fprintf(a.out, "BAD %s: %s\n    can't be restored because of it: %s\n", p.Path, p.What, orDash(strings.Join(p.Snapshots, ", ")))
-			}
-			if w := rep.NewestWhole; w != nil {
-				fmt.Fprintf(a.out, "the newest whole snapshot is %s of %s\n", w.ID, w.Frozen.UTC().Format(stamp))
-				return wholeHint(fmt.Errorf("verify snapshots: %d problems: %w", len(rep.Problems), errDamaged), w.ID)
-			}
-			return fmt.Errorf("verify snapshots: %d problems, no snapshot is whole: %w", len(rep.Problems), errDamaged)
+			return a.showVerified(rep)
 		},
 	}
 	cmd.Flags().StringVar(&pick.id, "snapshot", "", "check only this one")
+	storeFlag(cmd, &copied)
 	return cmd
+}
+
+func (a *app) showVerified(rep volsync.VerifyReport) error {
+	fmt.Fprintf(a.out, "checked %d snapshots, %d packs, %s\n", rep.Snapshots, rep.Packs, bytes(rep.Bytes))
+	if len(rep.Problems) == 0 {
+		_, err := fmt.Fprintln(a.out, "all of them are whole")
+		return err
+	}
+	for _, p := range rep.Problems {
+		fmt.Fprintf(a.out, "BAD %s: %s\n    can't be restored because of it: %s\n", p.Path, p.What, orDash(strings.Join(p.Snapshots, ", ")))
+	}
+	if w := rep.NewestWhole; w != nil {
+		fmt.Fprintf(a.out, "the newest whole snapshot is %s of %s\n", w.ID, w.Frozen.UTC().Format(stamp))
+		return wholeHint(fmt.Errorf("verify snapshots: %d problems: %w", len(rep.Problems), errDamaged), w.ID)
+	}
+	return fmt.Errorf("verify snapshots: %d problems, no snapshot is whole: %w", len(rep.Problems), errDamaged)
 }

@@ -28,6 +28,7 @@ func (s *Supervisor) run(parent context.Context, a Action) {
 		s.mu.Unlock()
 		return
 	}
+	s.upkeep.yield()
 	ctx, cancel := context.WithCancel(parent)
 	if interrupts {
 		s.interrupt = a
@@ -191,7 +192,18 @@ func (s *Supervisor) hydrate(ctx context.Context) error {
 	if v.Record.Head == nil {
 		return nil
 	}
-	stats, err := s.volume.Hydrate(ctx, s.store, refOf(*v.Record.Head), s.report())
+	ref := refOf(*v.Record.Head)
+	var stats volsync.HydrateStats
+	bring := func(ctx context.Context, _ volsync.SnapshotRef) (err error) {
+		stats, err = s.volume.Hydrate(ctx, s.store, ref, s.report())
+		return err
+	}
+	var err error
+	if s.volume.State().Phase == volsync.PhaseClean {
+		err = bring(ctx, ref) // a difference: done long before the grace of anything is over
+	} else {
+		err = s.pinned(ctx, ref, bring)
+	}
 	if err != nil {
 		return fmt.Errorf("bring volume to %s: %w", v.Record.Head.ID, err)
 	}

@@ -399,58 +399,6 @@ func (s *Supervisor) findSnapshot(ctx context.Context, r lease.Record, id string
 	return volsync.SnapshotRef{}, api.WithHint(fmt.Errorf("%w: %s", api.ErrNoSnapshot, id), "see `dbsupervisor snapshots`")
 }
 
-// retainEvery is how often retention looks whether there is something to do.
-const retainEvery = time.Minute
-
-// retainPause is the time between two looks. s.mu is held.
-func (s *Supervisor) retainPause() time.Duration {
-	return min(retainEvery, max(s.set.Retention.Grace/2, time.Second))
-}
-
-// retain does the next step of deletion: unlink what has been condemned long enough, then
-// condemn again.
-func (s *Supervisor) retain(ctx context.Context) error {
-	v := s.lease.View()
-	r := v.Record
-	if !v.Holding || r.Head == nil {
-		return nil
-	}
-	s.mu.Lock()
-	seen, swept, set := s.catalogAt, s.swept, s.set.Retention
-	s.retainAt = s.clock.Now().Add(s.retainPause())
-	s.mu.Unlock()
-	cat := catalogOf(r)
-	if cat.Name != "" && swept != cat.Name {
-		if s.clock.Now().Sub(seen) < set.Grace {
-			return nil
-		}
-		st, err := s.store.Sweep(ctx, cat)
-		if err != nil {
-			return fmt.Errorf("delete condemned files: %w", err)
-		}
-		s.log.Info("condemned files deleted", "catalog", cat.Name, "stats", fmt.Sprintf("%+v", st))
-		s.mu.Lock()
-		s.swept = cat.Name
-		s.mu.Unlock()
-	}
-	policy := volsync.Policy{All: set.All, Hourly: set.Hourly, Daily: set.Daily}
-	next, sum, err := s.store.Condemn(ctx, refOf(*r.Head), cat, policy, s.clock.Wall(), r.Term)
-	if err != nil {
-		return fmt.Errorf("condemn old snapshots: %w", err)
-	}
-	if next.Name == cat.Name {
-		return nil
-	}
-	if _, err := s.lease.Commit(ctx, r, func(n *lease.Record) {
-		n.GCSeq++
-		n.Catalog, n.CatalogHash = next.Name, next.Hash
-	}); err != nil {
-		return fmt.Errorf("commit catalog: %w", err)
-	}
-	s.log.Info("old snapshots condemned", "catalog", next.Name, "summary", fmt.Sprintf("%+v", sum))
-	return nil
-}
-
 // timedFreezer notes the moment of the freeze on the lease's clock.
 type timedFreezer struct {
 	volsync.Freezer

@@ -81,9 +81,7 @@ type Supervisor struct {
 	syncWanted bool
 	syncNext   []chan syncOutcome // whoever waits for the next snapshot to begin
 	retainAt   boottime.Instant
-	catalogAt  boottime.Instant // when catalogSeen was first seen as committed
-	catalog    string
-	swept      string // the catalog whose condemned files have been deleted
+	upkeep     upkeep
 
 	baseline   string // ID of the head that captures are computed against
 	hasBase    bool
@@ -165,6 +163,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	spawn(func() { s.resume(base) })
 	spawn(func() { s.db.monitor(base, s.poke) })
 	spawn(func() { s.pruneForks(base) })
+	go s.runUpkeep(base) // waits for the share, too
 	// The share may hang: nothing that waits for it is waited for at the end.
 	go s.members.run(base, memberEvery, s.member, s.nonce, s.memberFailed)
 
@@ -312,6 +311,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 	if s.termCancel != nil && (!o.Holding || o.Record.Term != s.term) {
 		s.termCancel()
 		s.termCancel, s.termCtx = nil, nil
+		s.upkeep.keeper = nil
 		s.baseline, s.hasBase, s.safeUntil = "", false, 0
 	}
 	if o.Holding && s.termCancel == nil {
@@ -319,10 +319,8 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 		s.term = o.Record.Term
 		s.servedAt = s.clock.Now()
 		s.retainAt = s.clock.Now().Add(s.retainPause())
+		s.upkeep.keeper = s.store.NewKeeper()
 		s.db.forgive()
-	}
-	if o.Known && o.Record.Catalog != s.catalog {
-		s.catalog, s.catalogAt = o.Record.Catalog, s.clock.Now()
 	}
 }
 

@@ -166,6 +166,14 @@ func (s *Store) encodeCatalog(w *recordWriter, c *catalog, made int64) (string, 
 	return sum, err
 }
 
+// knownCatalog is readCatalog, from memory where it was the last one written or read.
+func (s *Store) knownCatalog(ctx context.Context, ref CatalogRef) (*catalog, error) {
+	if c := s.recent.catalog(ref); c != nil {
+		return c, nil
+	}
+	return s.readCatalog(ctx, ref)
+}
+
 // readCatalog reads and checks a catalog. With an empty hash any will do.
 func (s *Store) readCatalog(ctx context.Context, ref CatalogRef) (*catalog, error) {
 	name, ok := parseName(ref.Name)
@@ -195,6 +203,7 @@ func (s *Store) readCatalog(ctx context.Context, ref CatalogRef) (*catalog, erro
 		return nil, damaged(ref.Name, "is the catalog %s", d.c.name.id())
 	}
 	d.c.hash = sum
+	s.recent.putCatalog(&d.c)
 	return &d.c, nil
 }
 
@@ -307,8 +316,15 @@ func (d *catalogDecoder) check() error {
 }
 
 // walk reads manifests from head back to the snapshot until (not included), or to the first
-// if that is zero, newest first. After an error it returns what it found before.
-func (s *Store) walk(ctx context.Context, head, until SnapshotRef) ([]*manifest, error) {
+// if that is zero, newest first. After an error it returns what it found before. Unless the
+// walk is fresh, manifests that were written or read lately are not looked at again.
+func (s *Store) walk(ctx context.Context, head, until SnapshotRef, fresh bool) ([]*manifest, error) {
+	read := s.briefManifest
+	if fresh {
+		read = func(ctx context.Context, path, hash string) (*manifest, error) {
+			return s.readManifest(ctx, path, hash, true)
+		}
+	}
 	var out []*manifest
 	for next := head; next.ID != ""; {
 		if next.ID == until.ID {
@@ -320,7 +336,7 @@ func (s *Store) walk(ctx context.Context, head, until SnapshotRef) ([]*manifest,
 		if err := ctx.Err(); err != nil {
 			return out, err
 		}
-		m, err := s.readManifest(ctx, next.Manifest, next.Hash, true)
+		m, err := read(ctx, next.Manifest, next.Hash)
 		if err != nil {
 			return out, err
 		}
@@ -348,7 +364,7 @@ func (s *Store) List(ctx context.Context, head SnapshotRef, cat CatalogRef) ([]S
 		}
 		c = *p
 	}
-	ms, err := s.walk(ctx, head, c.head)
+	ms, err := s.walk(ctx, head, c.head, true)
 	var out []SnapshotInfo
 	for _, m := range ms {
 		out = append(out, m.info)

@@ -39,6 +39,7 @@ const (
 	chunkRemoved   = 8
 	chunkSnapshots = 16
 	chunkCondemned = 17
+	chunkPinned    = 18
 )
 
 // recordWriter writes a record file to w. The first error sticks.

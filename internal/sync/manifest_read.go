@@ -7,6 +7,15 @@ import (
 	"io"
 )
 
+// briefManifest is readManifest for header and packs, from memory where it was written or
+// read lately.
+func (s *Store) briefManifest(ctx context.Context, path, hash string) (*manifest, error) {
+	if m := s.recent.manifest(path, hash); m != nil {
+		return m, nil
+	}
+	return s.readManifest(ctx, path, hash, true)
+}
+
 // readManifest reads and checks a manifest. hash is what it must hash to; "" accepts any
 // (the inner hash is checked all the same). With brief, only the header and the packs are
 // decoded; the rest is read and hashed.
@@ -32,6 +41,7 @@ func (s *Store) readManifest(ctx context.Context, path, hash string, brief bool)
 		return nil, damaged(path, "is the manifest of snapshot %s", m.info.ID)
 	}
 	m.info.Hash = sum
+	s.recent.putManifest(m)
 	return m, nil
 }
 

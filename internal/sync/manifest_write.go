@@ -22,7 +22,10 @@ func (s *Store) writeManifest(m *manifest, name objectName, created *createdFile
 	ref := &m.info.SnapshotRef
 	ref.ID, ref.Manifest = name.id(), name.path()
 	ref.Hash, m.size, err = s.encodeManifest(f, m, name)
-	return s.finish(f, name.path(), err)
+	if err = s.finish(f, name.path(), err); err == nil {
+		s.recent.putManifest(m)
+	}
+	return err
 }
 
 // encodeManifest returns the file's hash and size.

@@ -68,7 +68,8 @@ type packWriter struct {
 	name   objectName
 	file   fsx.File
 	next   int64 // where the next frame goes
-	left   int   // frames still to come
+	noted  int   // frames whose place is known
+	left   int   // frames still to be written
 	footer footer
 	ref    PackRef
 }
@@ -184,18 +185,24 @@ func (w *shipper) frame(ctx context.Context, i uint64, raw, out []byte) ([]byte,
 	if err != nil {
 		return out, err
 	}
-	// The frame at the front takes the header along: one operation less.
+	// The frame at the front takes the header along, and the last one the end: every
+	// operation counts on a share.
+	last, tail := p.put(int(inPack), fr)
+	off, all := fr.offset, stored
 	if fr.offset == packHeader {
 		copy(full, packHead())
-		_, err = file.WriteAt(full, 0)
-	} else {
-		_, err = file.WriteAt(stored, fr.offset)
+		off, all = 0, full
 	}
-	if err != nil {
-		return out, fmt.Errorf("write pack: %w", err)
+	if last && fr.offset+int64(fr.stored) == p.next {
+		all = append(all, tail...)
+		tail = nil
 	}
-	if err := p.put(w, int(inPack), fr); err != nil {
-		return out, err
+	if cap(all) > cap(full) {
+		full = all[:packHeader] // grown: worth keeping
+	}
+	_, err = file.WriteAt(all, off)
+	if err = p.wrote(w, err, tail); err != nil {
+		return full, err
 	}
 	if w.progress != nil {
 		w.progress.Set("shipping", w.done.Add(int64(len(raw))), int64(w.ship.total)*BlockSize)
@@ -219,25 +226,43 @@ func (p *packWriter) reserve(w *shipper, fr *frame) (fsx.File, error) {
 	return p.file, nil
 }
 
-// put notes a frame that has been written, and completes the pack with the last.
-func (p *packWriter) put(w *shipper, i int, fr frame) error {
+// put notes a frame that is about to be written. For the last one to be noted it returns
+// the pack's end, to be written at p.next.
+func (p *packWriter) put(i int, fr frame) (last bool, tail []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.footer.frames[i] = fr
-	if p.left--; p.left > 0 {
-		return nil
+	if p.noted++; p.noted < len(p.footer.frames) {
+		return false, nil
 	}
 	foot := p.footer.encode()
 	sum := sha256.Sum256(foot)
-	p.footer = footer{}
-	tail := append(foot, packTail(len(foot))...)
+	tail = append(foot, packTail(len(foot))...)
+	p.ref = PackRef{Path: p.name.path(), Hash: hex.EncodeToString(sum[:]), Size: p.next + int64(len(tail))}
+	return true, tail
+}
+
+// wrote counts a frame that has been written, with err, and makes the pack durable when
+// there is none left. tail is what remains to be written at the pack's end, if anything.
+func (p *packWriter) wrote(w *shipper, err error, tail []byte) error {
+	if err == nil && len(tail) > 0 {
+		_, err = p.file.WriteAt(tail, p.next)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.left--
+	if err == nil && p.left > 0 {
+		return nil
+	}
 	f := p.file
-	p.file = nil
-	_, err := f.WriteAt(tail, p.next)
-	if err := w.s.finish(f, p.name.path(), err); err != nil {
+	if err == nil {
+		p.file = nil
+		p.footer = footer{}
+		err = w.s.finish(f, p.name.path(), nil)
+	}
+	if err != nil {
 		return fmt.Errorf("write pack: %w", err)
 	}
-	p.ref = PackRef{Path: p.name.path(), Hash: hex.EncodeToString(sum[:]), Size: p.next + int64(len(tail))}
 	return nil
 }
 

@@ -102,7 +102,7 @@ func (s *Store) Scan(ctx context.Context) (RescueReport, error) {
 // head back, as far as the manifests are whole and a full one is below them, whose packs are
 // all there. It condemns nothing. term is the one under which the caller will commit it.
 func (s *Store) Recatalog(ctx context.Context, head SnapshotRef, now time.Time, term uint64) (CatalogRef, error) {
-	ms, err := s.walk(ctx, head, SnapshotRef{})
+	ms, err := s.walk(ctx, head, SnapshotRef{}, true)
 	if err != nil && !errors.Is(err, ErrMissing) && !errors.Is(err, ErrDamaged) {
 		return CatalogRef{}, fmt.Errorf("rebuild catalog: %w", err)
 	}
@@ -148,4 +148,14 @@ func (s *Store) Recatalog(ctx context.Context, head SnapshotRef, now time.Time, 
 		return CatalogRef{}, fmt.Errorf("rebuild catalog: %w", err)
 	}
 	return ref, nil
+}
+
+// Restorable lists what the share alone shows to be restorable, newest first: the snapshots
+// that were certainly committed and, up to the newest catalog, those that it lists. It is
+// List for a copy of a store that has no register.
+func (s *Store) Restorable(ctx context.Context, r RescueReport) ([]SnapshotInfo, error) {
+	if len(r.Committed) == 0 {
+		return nil, nil
+	}
+	return s.List(ctx, r.Committed[0].SnapshotRef, r.Catalog)
 }

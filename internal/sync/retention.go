@@ -28,45 +28,71 @@ const (
 // A snapshot that is being written meanwhile survives: names of this term with a sequence
 // beyond head's are in flight. But its tree must be checked with CheckNotCondemned before
 // it is committed after a catalog that it didn't know.
+//
+// It lists the store's directories. A Keeper does that only now and then.
 func (s *Store) Condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p Policy, now time.Time, term uint64) (CatalogRef, Summary, error) {
-	next, sum, err := s.condemn(ctx, head, cat, p, now, term)
+	return s.condemn(ctx, CondemnRequest{Head: head, Catalog: cat, Policy: p, Now: now, Term: term}, condemnScope{list: true})
+}
+
+// CondemnRequest is what a condemnation is computed from.
+type CondemnRequest struct {
+	Head    SnapshotRef // of the register, as is
+	Catalog CatalogRef  // the register's
+	Policy  Policy
+	Now     time.Time // wall clock, only noted
+	Term    uint64    // the one that the caller holds
+}
+
+// condemnScope says where to look for files, beside those that the old catalog and the
+// manifests since tell of.
+type condemnScope struct {
+	list  bool            // list the directories
+	known []string        // files that are there; only without list
+	gone  map[string]bool // condemned files that have been removed; only without list
+	spare map[string]bool // files that a later snapshot is going to refer to
+}
+
+func (s *Store) condemn(ctx context.Context, r CondemnRequest, scope condemnScope) (CatalogRef, Summary, error) {
+	next, sum, err := s.condemnNow(ctx, r, scope)
 	if err != nil {
 		return CatalogRef{}, Summary{}, fmt.Errorf("condemn files: %w", err)
 	}
 	return next, sum, nil
 }
 
-func (s *Store) condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p Policy, now time.Time, term uint64) (CatalogRef, Summary, error) {
+func (s *Store) condemnNow(ctx context.Context, r CondemnRequest, scope condemnScope) (CatalogRef, Summary, error) {
 	var sum Summary
+	head, cat := r.Head, r.Catalog
 	if head.ID == "" {
 		return cat, Summary{Unchanged: true}, nil // no snapshot yet: everything may be in flight
 	}
 	old := &catalog{}
 	if cat.Name != "" {
 		var err error
-		if old, err = s.readCatalog(ctx, cat); err != nil {
+		if old, err = s.knownCatalog(ctx, cat); err != nil {
 			return cat, sum, err
 		}
 	}
-	ms, err := s.walk(ctx, head, old.head)
+	ms, err := s.walk(ctx, head, old.head, false)
 	if err != nil {
 		return cat, sum, err
 	}
-	next := &catalog{name: objectName{kind: kindCatalog, term: term, seq: head.Seq}, head: head}
+	next := &catalog{name: objectName{kind: kindCatalog, term: r.Term, seq: head.Seq}, head: head}
 	if next.name.rand, err = s.random(); err != nil {
 		return cat, sum, err
 	}
 	if err := next.follow(old, ms); err != nil {
 		return cat, sum, err
 	}
-	forgotten := next.expire(p)
+	forgotten := next.expire(r.Policy)
 	if err := next.trim(); err != nil {
 		return cat, sum, err
 	}
-	seen, err := s.condemnFiles(ctx, next, cat, term, &sum)
+	files, err := s.candidates(ctx, old, ms, scope, &sum)
 	if err != nil {
 		return cat, sum, err
 	}
+	seen := next.condemn(files, cat, r.Term, scope.spare, &sum)
 	for _, e := range next.entries {
 		if e.listed {
 			sum.Retained++
@@ -84,7 +110,7 @@ func (s *Store) condemn(ctx context.Context, head SnapshotRef, cat CatalogRef, p
 		return cat, sum, nil
 	}
 	var created createdFiles
-	ref, err := s.writeCatalog(next, now.UnixNano(), &created)
+	ref, err := s.writeCatalog(next, r.Now.UnixNano(), &created)
 	if err != nil {
 		s.giveUp(&created, err)
 		return cat, sum, fmt.Errorf("write catalog: %w", err)
@@ -227,9 +253,41 @@ func (c *catalog) renumber(used []bool) {
 	}
 }
 
-// condemnFiles looks through the store's directories and condemns what the catalog doesn't
-// need and what can't be in flight. It returns what it saw.
-func (s *Store) condemnFiles(ctx context.Context, c *catalog, current CatalogRef, term uint64, sum *Summary) (map[string]bool, error) {
+// candidates are the files that a new catalog has to decide about.
+func (s *Store) candidates(ctx context.Context, old *catalog, ms []*manifest, scope condemnScope, sum *Summary) ([]objectName, error) {
+	if scope.list {
+		files, unknown, err := s.listFiles(ctx)
+		sum.Unknown = unknown
+		return files, err
+	}
+	paths := map[string]bool{}
+	for _, p := range slices.Concat(old.condemned, scope.known) {
+		paths[p] = !scope.gone[p]
+	}
+	for i := range old.entries {
+		paths[old.entries[i].info.Manifest] = true
+	}
+	for _, p := range old.packs {
+		paths[p.Path] = true
+	}
+	for _, m := range ms {
+		paths[m.info.Manifest] = true
+		for _, p := range m.change.packs {
+			paths[p.Path] = true
+		}
+	}
+	var out []objectName
+	for p, there := range paths {
+		if name, ok := parseName(p); ok && there {
+			out = append(out, name)
+		}
+	}
+	return out, nil
+}
+
+// condemn condemns those of the files that the catalog doesn't need and that can't be in
+// flight. It returns all of them.
+func (c *catalog) condemn(files []objectName, current CatalogRef, term uint64, spare map[string]bool, sum *Summary) map[string]bool {
 	kept := map[string]bool{current.Name: true}
 	for i := range c.entries {
 		kept[c.entries[i].info.Manifest] = true
@@ -237,16 +295,11 @@ func (s *Store) condemnFiles(ctx context.Context, c *catalog, current CatalogRef
 	for _, p := range c.packs {
 		kept[p.Path] = true
 	}
-	files, unknown, err := s.listFiles(ctx)
-	if err != nil {
-		return nil, err
-	}
-	sum.Unknown = unknown
 	seen := make(map[string]bool, len(files))
 	for _, name := range files {
 		path := name.path()
 		seen[path] = true
-		if kept[path] || inFlight(name, c.head, term) {
+		if kept[path] || spare[path] || inFlight(name, c.head, term) {
 			continue
 		}
 		c.condemned = append(c.condemned, path)
@@ -260,7 +313,7 @@ func (s *Store) condemnFiles(ctx context.Context, c *catalog, current CatalogRef
 		}
 	}
 	slices.Sort(c.condemned)
-	return seen, nil
+	return seen
 }
 
 // inFlight says whether a file that nothing committed refers to may still become part of a
@@ -319,10 +372,19 @@ func (s *Store) listFiles(ctx context.Context) (files []objectName, unknown int,
 	return files, unknown, nil
 }
 
-// Sweep unlinks what a committed catalog condemns. The caller has waited for the grace since
-// it saw the commit, and holds the term. It is idempotent, and harmless when it comes late:
-// condemned names are never used again.
+// sweepBatch is how many files are unlinked between two looks at the readers' pins.
+const sweepBatch = 256
+
+// Sweep unlinks what a committed catalog condemns and no reader's pin covers. The caller has
+// waited for the grace since it saw the commit, and holds the term. It is idempotent, and
+// harmless when it comes late: condemned names are never used again.
 func (s *Store) Sweep(ctx context.Context, cat CatalogRef) (SweepStats, error) {
+	return s.sweep(ctx, cat, &PinWatch{}, func(string) bool { return true }, func(string) {})
+}
+
+// sweep is Sweep for what is ripe. It tells of every file that is gone. The pins are looked at
+// after the condemnation was committed, and that is what makes a pin safe: see WithPin.
+func (s *Store) sweep(ctx context.Context, cat CatalogRef, w *PinWatch, ripe func(path string) bool, gone func(path string)) (SweepStats, error) {
 	var stats SweepStats
 	if cat.Name == "" {
 		return stats, nil
@@ -331,9 +393,25 @@ func (s *Store) Sweep(ctx context.Context, cat CatalogRef) (SweepStats, error) {
 	if err != nil {
 		return stats, fmt.Errorf("sweep store: %w", err)
 	}
+	var pins *pinned
+	looked := 0
 	for _, path := range c.condemned {
 		if err := ctx.Err(); err != nil {
 			return stats, err
+		}
+		if !ripe(path) {
+			stats.Early++
+			continue
+		}
+		if looked%sweepBatch == 0 {
+			if pins, err = s.livePins(ctx, w); err != nil {
+				return stats, fmt.Errorf("sweep store: %w", err)
+			}
+		}
+		looked++
+		if pins.covers(path) {
+			stats.Pinned++
+			continue
 		}
 		err := s.cfg.FS.Remove(s.path(path))
 		switch {
@@ -344,6 +422,7 @@ func (s *Store) Sweep(ctx context.Context, cat CatalogRef) (SweepStats, error) {
 		default:
 			return stats, fmt.Errorf("sweep store: %w", err)
 		}
+		gone(path)
 	}
 	return stats, nil
 }

@@ -41,13 +41,14 @@ type StoreConfig struct {
 // and what is condemned. docs/STORE.md specifies the format.
 //
 // A Store never decides what is committed; the register does. It holds no state of its own
-// and is safe for concurrent use. Its methods check their context between operations on the
+// but a few immutable records that it wrote or read lately, and is safe for concurrent use. Its methods check their context between operations on the
 // share, so one that hangs in the kernel (a hard NFS mount) hangs the method.
 type Store struct {
 	cfg    StoreConfig
 	log    hclog.Logger
 	codec  *codec
 	randMu stdsync.Mutex // guards cfg.Rand
+	recent recentFiles
 }
 
 // OpenStore returns a store in a directory that Init has prepared at some time. It touches
@@ -104,7 +105,7 @@ func (s *Store) Init(ctx context.Context) error {
 		}
 		return nil
 	}
-	for _, d := range []string{packDir, manifestDir, catalogDir} {
+	for _, d := range []string{packDir, manifestDir, catalogDir, pinDir} {
 		if err := mkdir(d); err != nil {
 			return err
 		}
@@ -216,4 +217,6 @@ type Summary struct {
 type SweepStats struct {
 	Removed int
 	Gone    int // had been removed before
+	Pinned  int // left because a reader's pin covers them
+	Early   int // left because they have not been condemned for long enough
 }

@@ -454,7 +454,7 @@ func TestStoreReplaced(t *testing.T) {
 	if _, err := h.s.LoadTree(ctx, h.head.Ref); !errors.Is(err, ErrDamaged) {
 		t.Errorf("LoadTree says %v", err)
 	}
-	ms, err := other.s.walk(ctx, other.head.Ref, SnapshotRef{})
+	ms, err := other.s.walk(ctx, other.head.Ref, SnapshotRef{}, true)
 	if err != nil {
 		t.Fatal(err)
 	}

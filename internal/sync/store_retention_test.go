@@ -304,7 +304,7 @@ func TestCatalogContradiction(t *testing.T) {
 	h := newStoreHistory(t, newTestStore(t, nil, t.TempDir()), 44)
 	h.step(t, 20, time.Minute)
 	for _, victim := range []string{h.head.Ref.Manifest, h.head.Packs[0].Path} {
-		ms, err := h.s.walk(ctx, h.head.Ref, SnapshotRef{})
+		ms, err := h.s.walk(ctx, h.head.Ref, SnapshotRef{}, true)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -144,7 +144,7 @@ func TestStoreOperations(t *testing.T) {
 	}}
 	h := newStoreHistory(t, newTestStore(t, hooked, t.TempDir()), 2)
 	h.step(t, 200, time.Minute)
-	const want = "create write write sync close syncdir create write sync close syncdir"
+	const want = "create write sync close syncdir create write sync close syncdir"
 	for i := range 10 {
 		// One block of one file, with new content each time.
 		for _, id := range h.model.names {

@@ -12,9 +12,9 @@ import (
 // are durable, but nothing is committed: the register decides that. The returned tree shares
 // inodes with the base and must not be changed either.
 //
-// It costs the share the same few operations whatever changed (a pack: create, two writes or
-// more by size, fsync, close, fsync of the directory; a manifest likewise) and lists or
-// looks up nothing. If it fails it removes what it made.
+// It costs the share the same few operations whatever changed (a pack: create, a write for
+// each 4 MiB, fsync, close, fsync of the directory; a manifest likewise) and lists or looks
+// up nothing. If it fails it removes what it made.
 func (s *Store) Write(ctx context.Context, r WriteRequest) (*Tree, WriteStats, error) {
 	var stats WriteStats
 	if r.Delta == nil {
@@ -77,7 +77,7 @@ func (s *Store) WriteRollback(ctx context.Context, r RollbackRequest) (*Tree, Wr
 	if err != nil {
 		return nil, stats, err
 	}
-	head, err := s.readManifest(ctx, r.Head.Manifest, r.Head.Hash, true)
+	head, err := s.briefManifest(ctx, r.Head.Manifest, r.Head.Hash)
 	if err != nil {
 		return nil, stats, fmt.Errorf("write rollback: %w", err)
 	}
@@ -101,7 +101,7 @@ func (s *Store) CheckNotCondemned(ctx context.Context, t *Tree, cat CatalogRef) 
 	if cat.Name == "" {
 		return nil
 	}
-	c, err := s.readCatalog(ctx, cat)
+	c, err := s.knownCatalog(ctx, cat)
 	if err != nil {
 		return err
 	}
