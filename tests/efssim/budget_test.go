@@ -84,7 +84,7 @@ func newBudget(t *testing.T, share string, files int) *budget {
 	t.Cleanup(func() { must(t, b.lease.Close()) })
 	must(t, b.lease.Refresh(ctx))
 	must(t, b.lease.Acquire(ctx, nil))
-	b.store, err = volsync.OpenStore(volsync.StoreConfig{Dir: share, Workers: 1, Rand: mrand.NewChaCha8([32]byte{4})})
+	b.store, err = volsync.OpenStore(volsync.StoreConfig{FS: &fsx.Kept{}, Dir: share, Workers: 1, Rand: mrand.NewChaCha8([32]byte{4})})
 	must(t, err)
 	must(t, b.store.Init(ctx))
 	b.volume, err = volsync.OpenVolume(volsync.VolumeConfig{Dir: t.TempDir(), BootID: "boot", Rand: rand.Reader})
