@@ -45,9 +45,21 @@ func (a *app) historyCmd() *cobra.Command {
 func printEvents(w io.Writer, events []api.Event) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, e := range events {
-		fmt.Fprintf(tw, "%s\tterm %d\t%s\t%s\n", e.At.UTC().Format(stamp), e.Term, e.Kind, e.Text)
+		fmt.Fprintf(tw, "%s\tterm %d\t%s\t%s\n", e.At.UTC().Format(stamp), e.Term, e.Kind, eventText(e))
 	}
 	return tw.Flush()
+}
+
+// eventText is what an entry says, with the move that it tells of, if any, before it.
+func eventText(e api.Event) string {
+	if e.From == "" && e.To == "" {
+		return e.Text
+	}
+	text := orDash(e.From) + " -> " + orDash(e.To)
+	if e.Text != "" {
+		text += ": " + e.Text
+	}
+	return text
 }
 
 func printJSON(w io.Writer, v any) error {

@@ -111,7 +111,8 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 	if err != nil {
 		return ref, stats, err
 	}
-	if err := l.Release(ctx, ""); err != nil {
+	// No database ran in this term: head has all of it.
+	if err := l.HandOver(ctx, ""); err != nil {
 		return ref, stats, fmt.Errorf("release the term (the snapshot is committed): %w", err)
 	}
 	return ref, stats, nil

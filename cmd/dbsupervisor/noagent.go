@@ -33,6 +33,7 @@ func lookWithoutAgent(ctx context.Context, cfg *config.Config, why string) api.S
 			Instance: rec.Holder.Instance, Address: rec.Holder.Address, HTTP: rec.Holder.HTTP, Zone: rec.Holder.Zone,
 			Self: rec.Holder.Instance == cfg.Instance,
 		}
+		s.HeadComplete = rec.Head != nil && (rec.Holder.Instance == "" || rec.Released && rec.Complete)
 		s.Lease.Version, s.Lease.TTLMS = rec.Version, time.Duration(rec.TTL).Milliseconds()
 		zero := int64(0)
 		s.Lease.LastContactMS = &zero

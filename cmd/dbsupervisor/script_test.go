@@ -28,6 +28,12 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		UpdateScripts:       *update,
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Getuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
 		Setup: func(e *testscript.Env) error {
 			// The configuration that most scripts use; nothing of this machine's.
 			e.Setenv("DBSUPERVISOR_CONFIG", e.WorkDir+"/shop.yaml")

@@ -62,6 +62,12 @@ func (v *view) head() {
 		if p.Total > 0 {
 			fmt.Fprintf(v, ": %s of %s (%d%%)", bytes(p.Done), bytes(p.Total), 100*p.Done/p.Total)
 		}
+		if r := p.BytesPerSecond; r != nil {
+			fmt.Fprintf(v, ", %s/s", bytes(int64(*r)))
+		}
+		if r := p.RemainingSeconds; r != nil {
+			fmt.Fprintf(v, ", %s left", since(seconds(*r)))
+		}
 		v.WriteString("\n")
 	}
 	v.WriteString("\n")
@@ -75,6 +81,8 @@ func (v *view) loss() {
 		fmt.Fprintf(v, "  WOULD BE LOST NOW with this machine: the last %s of writes\n\n", strings.ToUpper(longSince(*s.LossWindowSeconds)))
 	case s.Role == api.RolePrimary || s.Role == api.RoleStarting || s.Role == api.RoleHandoff:
 		v.WriteString("  WOULD BE LOST NOW with this machine: NOT KNOWN, count on everything since the last commit\n\n")
+	case s.HeadComplete:
+		v.WriteString("  NOTHING MORE CAN BE LOST: nobody writes, and the next primary starts from the newest snapshot\n\n")
 	case s.Head != nil:
 		fmt.Fprintf(v, "  WOULD BE LOST NOW with the primary: what it wrote in the last %s (by this machine's clock)\n\n", strings.ToUpper(longSince(s.Head.AgeSeconds)))
 	case s.Lease.LastContactMS == nil:
@@ -156,6 +164,8 @@ func (v *view) data() {
 	s := v.s
 	if h := s.Head; h != nil {
 		v.row("Newest", "%s, frozen %s ago (%s)", h.ID, since(seconds(h.AgeSeconds)), h.Frozen.UTC().Format(stamp))
+	} else if s.Lease.LastContactMS == nil {
+		v.row("Newest", "not known: the register can't be read")
 	} else {
 		v.row("Newest", "no snapshot yet")
 	}
@@ -164,6 +174,9 @@ func (v *view) data() {
 			since(millis(c.FreezeMS)), bytes(c.ChangedBytes), bytes(c.StoredBytes), since(millis(c.DurationMS)))
 	}
 	parts := []string{s.Sync.Schedule}
+	if s.Sync.Slowed {
+		parts = append(parts, "SLOWED to one every "+since(seconds(s.Sync.IntervalSeconds)))
+	}
 	if s.Sync.Running {
 		parts = append(parts, "running now")
 	}
@@ -175,6 +188,9 @@ func (v *view) data() {
 	}
 	if n := s.Sync.ConsecutiveFailures; n > 0 {
 		parts = append(parts, fmt.Sprintf("FAILED %d times in a row: %s", n, s.Sync.LastError))
+	}
+	if n := s.Sync.FreezeAborts; n > 0 {
+		parts = append(parts, fmt.Sprintf("%d given up to spare the database a long freeze", n))
 	}
 	v.row("Snapshots", "%s", strings.Join(parts, "; "))
 	parts = []string{s.Local.Phase}
@@ -264,7 +280,7 @@ func (v *view) past() {
 	}
 	v.WriteString("\nHistory\n")
 	for _, e := range v.s.History {
-		fmt.Fprintf(v, "  %s  term %-4d %s: %s\n", e.At.UTC().Format(stamp), e.Term, e.Kind, e.Text)
+		fmt.Fprintf(v, "  %s  term %-4d %s: %s\n", e.At.UTC().Format(stamp), e.Term, e.Kind, eventText(e))
 	}
 }
 

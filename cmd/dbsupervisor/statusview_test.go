@@ -32,11 +32,11 @@ func statuses() map[string]api.Status {
 		LossWindowSeconds: ptr(12.3),
 		Local:             api.Local{VolumeID: "v-1", Phase: "live", Base: "7-93-ab12", FreeBytes: ptr(int64(80 << 30))},
 		Database:          api.Database{Container: "dbsupervisor-shop-db-1", Image: "sha256:1", Running: true, Healthy: true, LastProbe: ptr(ago(time.Second))},
-		Sync:              api.Sync{Schedule: "@every 1m", Next: ptr(now.Add(48 * time.Second)), Tier: "hashed", Commits: 93},
+		Sync:              api.Sync{Schedule: "@every 1m", Next: ptr(now.Add(48 * time.Second)), Tier: "hashed", Commits: 93, IntervalSeconds: 60},
 		Forks:             []api.Fork{}, Gate: api.Gate{Open: true, RemainingMS: 7100}, Guard: api.Guard{OK: true},
 		History: []api.Event{
 			{At: ago(2 * time.Hour), Term: 7, Kind: "acquired", Text: "db-2 was silent"},
-			{At: ago(2*time.Hour - 3*time.Second), Term: 7, Kind: "state", Text: "takeover -> primary"},
+			{At: ago(2*time.Hour - 3*time.Second), Term: 7, Kind: "state", From: "takeover", To: "primary", Text: "database runs"},
 		},
 	}
 	standby := primary
@@ -47,7 +47,7 @@ func statuses() map[string]api.Status {
 	standby.Local = api.Local{VolumeID: "v-2", Phase: "applying", Base: "7-90-cd34", BehindSnapshots: 3, BehindBytes: 12 << 20}
 	standby.Database, standby.Gate, standby.History = api.Database{}, api.Gate{}, nil
 	standby.Sync.Next = nil
-	standby.Progress = &api.Progress{Phase: "fetching", Done: 3 << 20, Total: 12 << 20}
+	standby.Progress = &api.Progress{Phase: "fetching", Done: 3 << 20, Total: 12 << 20, Started: ago(2 * time.Second), BytesPerSecond: ptr(1.5 * (1 << 20)), RemainingSeconds: ptr(6.0)}
 	standby.Forks = []api.Fork{{Name: "20260131T120000Z"}}
 
 	trouble := primary
@@ -55,6 +55,7 @@ func statuses() map[string]api.Status {
 	trouble.Paused = true
 	trouble.LossWindowSeconds = ptr(754.2)
 	trouble.Lease.Error, trouble.Lease.LastContactMS, trouble.Lease.DeadlineInMS = "input/output error", ptr(int64(6100)), ptr(int64(1900))
+	trouble.Sync.Slowed, trouble.Sync.IntervalSeconds, trouble.Sync.FreezeAborts = true, 84, 12
 	trouble.Sync.ConsecutiveFailures, trouble.Sync.LastError = 12, "no space left on device"
 	trouble.Database.Healthy, trouble.Database.Error, trouble.Database.Restarts = false, "probe exited 2: connection refused", 2
 	trouble.Guard = api.Guard{Error: "connection refused"}
@@ -81,11 +82,13 @@ func statuses() map[string]api.Status {
 	empty := noAgent
 	empty.Degraded, empty.Term, empty.Primary, empty.Head, empty.Database = []string{"no agent is running"}, 0, api.Primary{}, nil, api.Database{}
 	empty.Lease = api.Lease{Error: "no cluster is initialised here"}
+	rescued := noAgent
+	rescued.Degraded, rescued.Primary, rescued.HeadComplete, rescued.Database = []string{"no agent is running"}, api.Primary{}, true, api.Database{}
 	unborn := fresh
 	unborn.Role, unborn.State, unborn.Lease.LastContactMS = api.RoleStandby, "waiting", ptr(int64(10))
 	return map[string]api.Status{
 		"primary": primary, "standby": standby, "trouble": trouble, "handoff": handoff, "fresh": fresh, "noagent": noAgent, "empty": empty,
-		"unborn": unborn,
+		"unborn": unborn, "rescued": rescued,
 	}
 }
 

@@ -88,6 +88,21 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	counter("snapshots_total", "Snapshots committed since the agent started.", float64(s.Sync.Commits))
 	counter("snapshot_failures_total", "Snapshots that failed since the agent started.", float64(s.Sync.Failures))
 	gauge("snapshot_consecutive_failures", "Snapshots that failed since the last one that was committed.", float64(s.Sync.ConsecutiveFailures))
+	gauge("snapshot_interval_seconds", "Time between two snapshots that is kept now.", s.Sync.IntervalSeconds)
+	gauge("snapshot_slowed", "1 while snapshots are further apart than the schedule asks for.", flag(s.Sync.Slowed))
+	counter("snapshot_freeze_aborts_total", "Snapshots given up since the agent started because the freeze would have been too long.", float64(s.Sync.FreezeAborts))
+	if f := s.Sync.PredictedFreezeMS; f != nil {
+		gauge("snapshot_predicted_freeze_seconds", "How long the next freeze is expected to last.", *f/1000)
+	}
+	if p := s.Progress; p != nil && p.Total > 0 {
+		gauge("progress_ratio", "How far the work under way has come.", float64(p.Done)/float64(p.Total), "phase", p.Phase)
+		if r := p.BytesPerSecond; r != nil {
+			gauge("progress_bytes_per_second", "How fast the work under way goes.", *r, "phase", p.Phase)
+		}
+		if r := p.RemainingSeconds; r != nil {
+			gauge("progress_remaining_seconds", "How long the work under way still takes at that rate.", *r, "phase", p.Phase)
+		}
+	}
 	gauge("local_behind_snapshots", "Snapshots that the local copy is behind the newest.", float64(s.Local.BehindSnapshots))
 	gauge("local_behind_bytes", "Bytes that the local copy is behind the newest snapshot, as far as known.", float64(s.Local.BehindBytes))
 	if f := s.Local.FreeBytes; f != nil {

@@ -49,9 +49,12 @@ type Status struct {
 	Successor string  `json:"successor,omitempty"`
 	Paused    bool    `json:"paused"`
 
-	Lease      Lease       `json:"lease"`
-	Head       *Head       `json:"head"`
-	LastCommit *LastCommit `json:"last_commit"`
+	Lease Lease `json:"lease"`
+	Head  *Head `json:"head"`
+	// HeadComplete says that head holds everything that was ever acknowledged: nobody has
+	// held the term since it was made, or it was handed over in a planned way.
+	HeadComplete bool        `json:"head_complete"`
+	LastCommit   *LastCommit `json:"last_commit"`
 	// LossWindowSeconds is how many seconds of writes would be lost if this primary were
 	// lost now: the time since the freeze of the last committed snapshot, or since the
 	// last look that found the volume unchanged. Null when not primary or unknown.
@@ -145,6 +148,15 @@ type Sync struct {
 	Tier                string     `json:"tier,omitempty"` // how change is found: "hashed", …
 	Commits             int64      `json:"commits"`        // of this incarnation
 	Failures            int64      `json:"failures"`       // of this incarnation
+	// IntervalSeconds is the time between two snapshots that is kept now; Slowed says that it
+	// is longer than Schedule asks for, because snapshots take so long.
+	IntervalSeconds float64 `json:"interval_seconds"`
+	Slowed          bool    `json:"slowed"`
+	// FreezeAborts counts captures of this incarnation that were given up because the
+	// database would have stood still for longer than sync.max_freeze.
+	FreezeAborts int64 `json:"freeze_aborts"`
+	// PredictedFreezeMS is how long the next freeze is expected to last; null when not known.
+	PredictedFreezeMS *float64 `json:"predicted_freeze_ms,omitempty"`
 }
 
 // Fork is data that was set aside because the cluster's history went on without it.
@@ -179,11 +191,17 @@ type Guard struct {
 	Error string `json:"error,omitempty"`
 }
 
-// Progress is how far long work has come. Total 0 means "not known".
+// Progress is how far long work has come, in bytes. Total 0 means "not known".
 type Progress struct {
 	Phase string `json:"phase"`
 	Done  int64  `json:"done"`
 	Total int64  `json:"total"`
+	// Started is when the phase began; zero where nobody keeps it.
+	Started time.Time `json:"started,omitzero"`
+	// BytesPerSecond is the rate of the last seconds, RemainingSeconds the time that the rest
+	// of the phase takes at that rate; null when not known (yet).
+	BytesPerSecond   *float64 `json:"bytes_per_second,omitempty"`
+	RemainingSeconds *float64 `json:"remaining_seconds,omitempty"`
 }
 
 // Event is one entry of the instance's history: one transition.

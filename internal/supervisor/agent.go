@@ -110,8 +110,16 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 		case !db.answers(now):
 			add("database does not answer")
 		}
-		if n := s.fails[ActSnapshot]; n > 0 {
+		if n := s.failedFor; n > 0 {
 			add("snapshots fail (%d in a row)", n)
+		}
+		if s.aborted > 0 {
+			add("the database would stand still for longer than sync.max_freeze (%s): snapshots are given up (%d in a row)", s.set.Sync.MaxFreeze, s.aborted)
+		}
+		if busy := now.Sub(s.capturing); s.capturing != 0 && busy > s.set.Sync.MaxInterval && s.commits > 0 {
+			add("a snapshot has been under way for %s, longer than sync.max_interval (%s)", round(busy), s.set.Sync.MaxInterval)
+		} else if s.pace.Over {
+			add("a snapshot takes %s, longer than sync.max_interval (%s): the share or the disk is too slow", round(s.pace.recent), s.set.Sync.MaxInterval)
 		}
 	}
 	if n := s.fails[ActHydrate]; n > 0 {
@@ -140,15 +148,17 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 		Incarnation: s.lease.Incarnation(), Zone: s.set.Zone, Term: r.Term,
 		Primary: api.Primary{Instance: r.Holder.Instance, Address: r.Holder.Address, HTTP: r.Holder.HTTP,
 			Zone: r.Holder.Zone, Self: r.Holder.Instance == s.set.Instance && v.Holding},
-		Released: r.Released, Successor: r.Successor, Paused: r.Paused,
+		HeadComplete: headComplete(r),
+		Released:     r.Released, Successor: r.Successor, Paused: r.Paused,
 		Lease: api.Lease{Holding: v.Holding, TTLMS: time.Duration(r.TTL).Milliseconds(), Version: r.Version},
 		Local: api.Local{VolumeID: vol.ID, Phase: string(vol.Phase), Base: vol.Base.ID},
 		Database: api.Database{Container: db.name, Image: s.set.Database.Image, Running: db.running,
 			Healthy: db.answers(now), Error: db.err, Restarts: db.restarts},
 		Sync: api.Sync{Schedule: s.set.Sync.Schedule, Running: s.job == ActSnapshot,
-			ConsecutiveFailures: s.fails[ActSnapshot], LastError: s.syncErr, Tier: s.volume.Tier(),
-			Commits: s.commits, Failures: s.failures},
-		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress, History: hist,
+			ConsecutiveFailures: s.failedFor, LastError: s.syncErr, Tier: s.volume.Tier(),
+			Commits: s.commits, Failures: s.failures, FreezeAborts: s.aborts, PredictedFreezeMS: s.predicted,
+			Slowed: s.pace.Interval > 0, IntervalSeconds: s.interval(wall).Seconds()},
+		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist,
 		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},
 		Guard: api.Guard{OK: guardErr == nil, Error: text(guardErr)},
 	}
@@ -182,6 +192,10 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 		next := wall.Add(s.nextSync.Sub(now))
 		st.Sync.Next = &next
 	}
+	if c := st.LastCommit; c != nil && !v.Holding {
+		// Of a term that is over: what matters is what the present primary commits.
+		st.LastCommit = nil
+	}
 	for _, f := range forks {
 		st.Forks = append(st.Forks, s.fork(f))
 	}
@@ -189,6 +203,13 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 		st.Degraded = append(st.Degraded, err.Error())
 	}
 	return st, nil
+}
+
+// headComplete says that nobody can have acknowledged anything that head does not hold: nobody
+// has held the term since head was made (a new cluster, an import, a rescue), or the last one
+// handed everything over.
+func headComplete(r lease.Record) bool {
+	return r.Head != nil && (r.Holder.Instance == "" || r.Released && r.Complete)
 }
 
 func (s *Supervisor) fork(f volsync.Fork) api.Fork {
@@ -222,11 +243,9 @@ func (s *Supervisor) Sync(ctx context.Context, report api.Report) (api.SyncResul
 			return api.SyncResult{}, ctx.Err()
 		case <-time.After(pollMove):
 		}
-		s.mu.Lock()
-		if s.progress != nil {
-			report(*s.progress)
+		if p := s.progress.get(); p != nil {
+			report(*p)
 		}
-		s.mu.Unlock()
 		if !s.lease.View().Holding {
 			return api.SyncResult{}, s.notPrimary()
 		}
@@ -377,7 +396,11 @@ func (s *Supervisor) Pause(ctx context.Context, paused bool) error {
 	if err := s.lease.SetPaused(ctx, paused); err != nil {
 		return fmt.Errorf("change paused flag: %w", err)
 	}
-	s.event(map[bool]string{true: "paused", false: "resumed failover"}[paused], "", "")
+	if paused {
+		s.event("paused", "", "nobody takes over by itself until `dbsupervisor resume`")
+	} else {
+		s.event("resumed failover", "", "a standby takes over by itself again")
+	}
 	return nil
 }
 

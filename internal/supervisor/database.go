@@ -49,6 +49,9 @@ type database struct {
 	clock boottime.Clock
 	log   hclog.Logger
 
+	// note tells the history; set before anything else is called, called without a lock.
+	note func(kind, text string)
+
 	// use serialises what must not meet a frozen container: exec, stop.
 	use sync.Mutex
 
@@ -102,7 +105,7 @@ func (d dbState) answers(now boottime.Instant) bool {
 }
 
 func newDatabase(cfg DatabaseConfig, set *config.Config, clock boottime.Clock, log hclog.Logger) *database {
-	d := &database{cfg: cfg, set: set, clock: clock, log: log}
+	d := &database{cfg: cfg, set: set, clock: clock, log: log, note: func(string, string) {}}
 	d.st.probeFresh = 3*set.Database.ProbeInterval + set.Database.ProbeTimeout + engineAnswer
 	return d
 }
@@ -214,7 +217,8 @@ func (d *database) died(c container.Info) {
 	if c.OOMKilled {
 		d.st.err += " (killed: out of memory; raise database.memory)"
 	}
-	id := c.ID
+	id, why := c.ID, fmt.Sprintf("%s; %d within %s", d.st.err, len(d.deaths), d.set.Database.RestartWindow)
+	go d.note("database died", why)
 	d.log.Error("database died", "container", c.Name, "exit_code", c.ExitCode, "out_of_memory", c.OOMKilled, "deaths_in_window", len(d.deaths))
 	go d.logTail(id)
 }

@@ -46,7 +46,8 @@ func (s *Supervisor) run(parent context.Context, a Action) {
 		if interrupts {
 			s.interrupt = ActNone
 		} else {
-			s.job, s.stopJob, s.progress = ActNone, nil, nil
+			s.job, s.stopJob = ActNone, nil
+			s.progress.clear()
 		}
 		if err != nil && ctx.Err() == nil {
 			s.fails[a]++
@@ -100,11 +101,7 @@ func (s *Supervisor) perform(ctx context.Context, a Action) error {
 
 // report is where long work tells how far it has come.
 func (s *Supervisor) report() api.Report {
-	return func(p api.Progress) {
-		s.mu.Lock()
-		s.progress = &p
-		s.mu.Unlock()
-	}
+	return s.progress.set
 }
 
 // fence ends the database because the term is not ours (any more).

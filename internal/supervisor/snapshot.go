@@ -27,21 +27,51 @@ func (s *Supervisor) snapshotJob(ctx context.Context) error {
 	return err
 }
 
+// keepFailing is how many snapshots must fail in a row before the history says so.
+const keepFailing = 3
+
 // snapshot captures, ships and commits, and keeps the books. stopped says that the database
 // does not run, so that nothing needs to be frozen.
 func (s *Supervisor) snapshot(ctx context.Context, stopped bool) (api.SyncResult, error) {
-	res, err := s.capture(ctx, stopped)
+	began := s.clock.Now()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		if ctx.Err() == nil {
-			s.failures++
-			s.syncErr = err.Error()
+	s.capturing = began
+	s.mu.Unlock()
+	res, err := s.capture(ctx, stopped)
+	took := s.clock.Now().Sub(began)
+	kind, text := "", ""
+	s.mu.Lock()
+	s.capturing = 0
+	switch {
+	case err == nil:
+		if s.alarmed {
+			kind, text = "snapshots work", fmt.Sprintf("after %d that failed", s.failedFor)
 		}
-		return res, err
+		s.syncErr, s.failedFor, s.aborted, s.alarmed = "", 0, 0, false
+		if news := s.keepPace(took); news != "" && !stopped {
+			kind, text = "interval", news
+		}
+	case ctx.Err() == nil:
+		s.failures++
+		s.failedFor++
+		s.syncErr = err.Error()
+		if errors.Is(err, volsync.ErrFreezeTooLong) {
+			s.aborts++
+			s.aborted++
+		} else {
+			s.aborted = 0
+		}
+		if s.failedFor >= keepFailing && !s.alarmed {
+			s.alarmed = true
+			kind, text = "snapshots fail", fmt.Sprintf("%d in a row: %v", s.failedFor, err)
+		}
 	}
-	s.syncErr = ""
-	return res, nil
+	s.mu.Unlock()
+	if kind != "" {
+		s.log.Warn("snapshots changed their pace or state", "what", kind, "text", text)
+		s.event(kind, "", text)
+	}
+	return res, err
 }
 
 // capture is one snapshot, from the freeze to the register's new head.

@@ -65,7 +65,7 @@ type Supervisor struct {
 	stopJob   context.CancelFunc
 	waiting   map[Action]boottime.Instant // not to be repeated before
 	fails     map[Action]int              // in a row
-	progress  *api.Progress
+	progress  progress
 	problem   *api.Problem
 	copied    string // how the volume was kept while it followed head last
 
@@ -78,6 +78,8 @@ type Supervisor struct {
 
 	schedule   cron.Schedule
 	nextSync   boottime.Instant
+	pace       pace
+	capturing  boottime.Instant // when the snapshot under way began; 0: none is
 	syncWanted bool
 	syncNext   []chan syncOutcome // whoever waits for the next snapshot to begin
 	retainAt   boottime.Instant
@@ -90,6 +92,11 @@ type Supervisor struct {
 	commits    int64
 	failures   int64
 	syncErr    string
+	aborts     int64 // freezes that would have taken too long
+	aborted    int   // ... in a row
+	alarmed    bool  // the history says that snapshots keep failing
+	failedFor  int   // snapshots in a row that failed
+	predicted  *float64
 
 	servedAt   boottime.Instant // when clients were last let in, or the term began
 	termCtx    context.Context
@@ -126,12 +133,14 @@ func New(cfg Config) (*Supervisor, error) {
 		waiting: map[Action]boottime.Instant{},
 		fails:   map[Action]int{},
 	}
+	s.progress.clock = cfg.Clock
 	sched, err := config.ParseSchedule(cfg.Settings.Sync.Schedule)
 	if err != nil {
 		return nil, err
 	}
 	s.schedule = sched
 	s.db = newDatabase(cfg.Database, cfg.Settings, cfg.Clock, cfg.Log.Named("database"))
+	s.db.note = func(kind, text string) { s.event(kind, "", text) }
 	lc := cfg.Lease
 	lc.Self.VolumeID = cfg.Volume.State().ID
 	lc.Extend = s.db.extend
@@ -153,9 +162,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	s.resuming = true
 	s.armSchedule()
-	if err := s.db.look(base); err != nil {
-		return api.WithHint(fmt.Errorf("look for the database's container: %w", err),
-			"is the Docker engine running? (systemctl status docker)")
+	s.event("agent started", "", "version "+s.cfg.Version)
+	if !s.awaitEngine(ctx) {
+		return nil
 	}
 	if err := s.db.install(base); err != nil {
 		return err
@@ -193,6 +202,44 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.fatal
+}
+
+// engineRetry is how often Docker is asked while nothing can begin without it.
+const engineRetry = time.Second
+
+// awaitEngine waits until Docker says which containers there are; without that nothing is
+// safe to begin. It returns false if ctx ended first. A database that runs meanwhile ends at its
+// deadline: nothing renews the lease.
+func (s *Supervisor) awaitEngine(ctx context.Context) bool {
+	for waiting := false; ; waiting = true {
+		lctx, cancel := context.WithTimeout(ctx, max(s.set.Database.ProbeTimeout, engineAnswer))
+		err := s.db.look(lctx)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			if waiting {
+				s.log.Info("docker answers, the agent goes on", "error", err)
+			}
+			return err == nil
+		}
+		s.mu.Lock()
+		s.beat = s.clock.Now()
+		s.mu.Unlock()
+		if !waiting {
+			const why = "waiting for Docker to answer"
+			s.mu.Lock()
+			s.decision = Decision{State: StateJoining, Why: why}
+			s.problem = &api.Problem{What: "look for the database's container: " + err.Error(), At: s.clock.Wall(),
+				Hint: "is the Docker engine running? (systemctl status docker)"}
+			s.mu.Unlock()
+			s.event("waiting", "", "Docker does not answer: "+err.Error())
+			s.cfg.Notify("READY=1")
+			s.cfg.Notify("STATUS=" + why)
+		}
+		s.cfg.Notify("WATCHDOG=1")
+		if s.clock.WaitUntil(ctx, s.clock.Now().Add(engineRetry)) != nil {
+			return false
+		}
+	}
 }
 
 // resume finds out whether the term of before an agent restart is still ours, then lets
@@ -421,13 +468,6 @@ func (s *Supervisor) nonce() string {
 	return hex.EncodeToString(b[:])
 }
 
-// armSchedule computes the next regular snapshot. Wall time only says how long to wait.
-// s.mu is held, or nothing runs yet.
-func (s *Supervisor) armSchedule() {
-	wall := s.clock.Wall()
-	s.nextSync = s.clock.Now().Add(s.schedule.Next(wall).Sub(wall))
-}
-
 // reload takes over what can change while the agent runs.
 func (s *Supervisor) reload(set *config.Config) {
 	if set == nil {
@@ -444,6 +484,7 @@ func (s *Supervisor) reload(set *config.Config) {
 	merged := *s.set
 	merged.Sync, merged.Retention, merged.Failover = set.Sync, set.Retention, set.Failover
 	s.set = &merged
+	s.pace.Interval = 0 // learnt anew from the next snapshot
 	s.armSchedule()
 	s.mu.Unlock()
 	s.log.Info("configuration reloaded", "schedule", set.Sync.Schedule)
