@@ -83,6 +83,12 @@ demo: image build
 soak: image build
 	@scripts/soak.sh
 
+# The tracking programs, for whoever changes them: needs clang. The object is committed.
+.PHONY: bpf
+bpf:
+	@scripts/ensure-tools.sh bpf
+	internal/track/bpf/build.sh
+
 bench: image build
 	@scripts/bench.sh $(ARGS)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the make targets need from Debian packages; says nothing when all is there.
-#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint
+#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint bpf
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -31,6 +31,9 @@ for group in "$@"; do
 		want mkfs.xfs xfsprogs
 		want losetup mount
 		want ip iproute2 ;;
+	bpf) # make bpf alone; what it makes is committed
+		want clang clang
+		want llvm-strip llvm ;;
 	lint)
 		want shellcheck shellcheck ;;
 	*) die "unknown group $group" ;;
