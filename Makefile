@@ -22,7 +22,7 @@ TMPFILESDIR  ?= $(SYSCONFDIR)/tmpfiles.d
 EXAMPLE      := internal/config/example.yaml
 DIST         := dbsupervisor-$(VERSION)-linux-$(shell go env GOARCH)
 
-.PHONY: build test test-short unit integration vet lint model demo soak bench \
+.PHONY: build test test-short test-nfs test-kernel unit integration vet lint model demo soak bench \
 	install install-files uninstall dist clean tools docker image
 
 build: build/dbsupervisor
@@ -76,6 +76,18 @@ test-short:
 	@scripts/ensure-tools.sh race
 	go vet ./...
 	DOCKER_HOST=unix:///nonexistent go test -race -short -timeout 5m $(ARGS) $(UNIT)
+
+# Over a real NFSv4.1 server, with its clients in emulated machines.
+test-nfs:
+	@scripts/ensure-tools.sh qemu nfs
+	@scripts/fetch-kernel.sh >/dev/null
+	DBSUPERVISOR_QEMU=1 go test -count=1 -v -timeout $(TESTTIMEOUT) $(ARGS) ./tests/nfs
+
+# On another kernel, in an emulated machine.
+test-kernel:
+	@scripts/ensure-tools.sh qemu
+	@scripts/fetch-kernel.sh >/dev/null
+	DBSUPERVISOR_QEMU=1 go test -count=1 -v -timeout $(TESTTIMEOUT) $(ARGS) ./tests/qemu
 
 demo: image build
 	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the make targets need from Debian packages; says nothing when all is there.
-#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint bpf
+#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint bpf qemu nfs
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -36,10 +36,35 @@ for group in "$@"; do
 		want llvm-strip llvm ;;
 	lint)
 		want shellcheck shellcheck ;;
+	qemu)
+		want qemu-system-x86_64 qemu-system-x86
+		[ -e /bin/busybox ] || packages+=(busybox-static)
+		want mkfs.ext4 e2fsprogs
+		want mkfs.xfs xfsprogs
+		want xz xz-utils ;;
+	nfs)
+		want ganesha.nfsd nfs-ganesha nfs-ganesha-vfs
+		want dbus-daemon dbus-daemon dbus
+		want dbus-send dbus-bin dbus
+		want losetup mount ;;
 	*) die "unknown group $group" ;;
 	esac
 done
-[ ${#packages[@]} -eq 0 ] || apt_install "${packages[@]}"
+if [ ${#packages[@]} -gt 0 ]; then
+	case " ${packages[*]} " in
+	*" nfs-ganesha "*)
+		# The tests start a server of their own; the package's must not begin to serve.
+		if [ -d /run/systemd/system ]; then
+			systemctl mask --runtime -q nfs-ganesha.service rpcbind.service rpcbind.socket
+			apt_install "${packages[@]}"
+			systemctl disable -q nfs-ganesha.service rpcbind.service rpcbind.socket || true
+			systemctl unmask --runtime -q nfs-ganesha.service rpcbind.service rpcbind.socket
+		else
+			apt_install "${packages[@]}"
+		fi ;;
+	*) apt_install "${packages[@]}" ;;
+	esac
+fi
 
 for group in "$@"; do
 	if [ "$group" = integration ] && [ ! -e /dev/fuse ]; then

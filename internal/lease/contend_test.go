@@ -8,12 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	mrand "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +22,7 @@ import (
 	"dbsupervisor/internal/fsx"
 	"dbsupervisor/internal/lease"
 	"dbsupervisor/internal/lease/history"
+	"dbsupervisor/internal/lease/leasetest"
 )
 
 const (
@@ -49,60 +48,10 @@ type contender struct {
 	Faulty                      bool // replies are lost and requests fail
 }
 
-// call is one operation on the register: what porcupine calls an operation.
-type call struct {
-	Swap          bool
-	Prev          uint64 // swap: the version and nonce that were expected
-	PrevNonce     string
-	Version       uint64 // load: what was read; swap: what was written or offered
-	Nonce         string
-	Outcome       string // "ok", "conflict", "unknown"
-	Begin, Return boottime.Instant
-}
-
 // report is what a contender tells after a round.
 type report struct {
-	Calls []call
+	Calls []leasetest.Call
 	Terms []uint64 // won in this round
-}
-
-// recorder notes every call to the register below it.
-type recorder struct {
-	lease.Register
-	clock boottime.Real
-	mu    sync.Mutex
-	calls []call
-}
-
-func (r *recorder) note(c call, err error) {
-	c.Return = r.clock.Now()
-	switch {
-	case err == nil:
-		c.Outcome = "ok"
-	case errors.Is(err, lease.ErrConflict):
-		c.Outcome = "conflict"
-	case errors.Is(err, lease.ErrUnknown):
-		c.Outcome = "unknown"
-	default:
-		return // certainly without effect
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.calls = append(r.calls, c)
-}
-
-func (r *recorder) Load(ctx context.Context) (lease.Record, error) {
-	begin := r.clock.Now()
-	rec, err := r.Register.Load(ctx)
-	r.note(call{Version: rec.Version, Nonce: rec.Nonce, Begin: begin}, err)
-	return rec, err
-}
-
-func (r *recorder) CompareAndSwap(ctx context.Context, prev, next lease.Record) (lease.Record, error) {
-	begin := r.clock.Now()
-	rec, err := r.Register.CompareAndSwap(ctx, prev, next)
-	r.note(call{Swap: true, Prev: prev.Version, PrevNonce: prev.Nonce, Version: rec.Version, Nonce: rec.Nonce, Begin: begin}, err)
-	return rec, err
 }
 
 // contend is the process: for every line on in it tries to get the lease a few times, uses it
@@ -135,7 +84,7 @@ func contend(config string, in io.Reader, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	rec := &recorder{Register: reg}
+	rec := &leasetest.Recorder{Register: reg, Clock: boottime.Real{}}
 	l, err := lease.New(lease.Config{
 		Register: rec, Clock: boottime.Real{}, Rand: rand.Reader, FS: quickFS{},
 		Self: lease.Holder{Instance: c.Name},
@@ -161,7 +110,7 @@ func contend(config string, in io.Reader, out io.Writer) (err error) {
 				rep.Terms = append(rep.Terms, term)
 			}
 		}
-		rep.Calls, rec.calls = rec.calls, nil
+		rep.Calls = rec.Take()
 		if err := enc.Encode(rep); err != nil {
 			return err
 		}
@@ -199,76 +148,30 @@ func try(ctx context.Context, l *lease.Lease) (uint64, error) {
 	return v.Record.Term, nil
 }
 
-// registerModel is what a register is: its state is the version and nonce that it holds.
-func registerModel(version uint64, nonce string) porcupine.Model {
-	type state struct {
-		version uint64
-		nonce   string
-	}
-	return porcupine.Model{
-		Init: func() any { return state{version, nonce} },
-		Step: func(st, in, _ any) (bool, any) {
-			s, c := st.(state), in.(call)
-			if !c.Swap {
-				return s == state{c.Version, c.Nonce}, s
-			}
-			expected := s == state{c.Prev, c.PrevNonce}
-			switch c.Outcome {
-			case "ok":
-				return expected && c.Version == c.Prev+1, state{c.Version, c.Nonce}
-			case "conflict":
-				return !expected, s
-			default:
-				// It may take effect at any time until the end, or never, which is
-				// the same as at the end of all.
-				if expected {
-					return true, state{c.Version, c.Nonce}
-				}
-				return true, s
-			}
-		},
-		DescribeOperation: func(in, _ any) string { return fmt.Sprintf("%+v", in) },
-	}
-}
-
-func linearizable(version uint64, nonce string, calls [][]call) porcupine.CheckResult {
-	var ops []porcupine.Operation
-	for id, cs := range calls {
-		for _, c := range cs {
-			ret := int64(c.Return)
-			if c.Outcome == "unknown" {
-				ret = math.MaxInt64
-			}
-			ops = append(ops, porcupine.Operation{ClientId: id, Input: c, Call: int64(c.Begin), Return: ret})
-		}
-	}
-	return porcupine.CheckOperationsTimeout(registerModel(version, nonce), ops, time.Minute)
-}
-
 // TestLinearizabilityChecker shows that the check below can fail.
 func TestLinearizabilityChecker(t *testing.T) {
-	win := func(nonce string, from, to boottime.Instant) call {
-		return call{Swap: true, Prev: 1, PrevNonce: "n", Version: 2, Nonce: nonce, Outcome: "ok", Begin: from, Return: to}
+	win := func(nonce string, from, to boottime.Instant) leasetest.Call {
+		return leasetest.Call{Swap: true, Prev: 1, PrevNonce: "n", Version: 2, Nonce: nonce, Outcome: "ok", Begin: from, Return: to}
 	}
 	lost, unknown := win("b", 1, 5), win("b", 1, 5)
 	lost.Outcome, unknown.Outcome = "conflict", "unknown"
-	load := func(v uint64, nonce string, from boottime.Instant) call {
-		return call{Version: v, Nonce: nonce, Outcome: "ok", Begin: from, Return: from + 1}
+	load := func(v uint64, nonce string, from boottime.Instant) leasetest.Call {
+		return leasetest.Call{Version: v, Nonce: nonce, Outcome: "ok", Begin: from, Return: from + 1}
 	}
 	for _, c := range []struct {
 		name  string
-		calls [][]call
+		calls [][]leasetest.Call
 		want  porcupine.CheckResult
 	}{
-		{"one winner", [][]call{{win("a", 1, 5)}, {lost}}, porcupine.Ok},
-		{"two winners", [][]call{{win("a", 1, 5)}, {win("b", 1, 5)}}, porcupine.Illegal},
-		{"conflict without a winner", [][]call{{lost}}, porcupine.Illegal},
-		{"stale load", [][]call{{win("a", 1, 5)}, {load(1, "n", 6)}}, porcupine.Illegal},
-		{"unknown took effect late", [][]call{{unknown}, {load(1, "n", 6), load(2, "b", 9)}}, porcupine.Ok},
-		{"unknown took no effect", [][]call{{unknown}, {load(1, "n", 6)}, {win("a", 10, 12), load(2, "a", 13)}}, porcupine.Ok},
-		{"unknown was undone", [][]call{{unknown}, {load(2, "b", 6), load(1, "n", 9)}}, porcupine.Illegal},
+		{"one winner", [][]leasetest.Call{{win("a", 1, 5)}, {lost}}, porcupine.Ok},
+		{"two winners", [][]leasetest.Call{{win("a", 1, 5)}, {win("b", 1, 5)}}, porcupine.Illegal},
+		{"conflict without a winner", [][]leasetest.Call{{lost}}, porcupine.Illegal},
+		{"stale load", [][]leasetest.Call{{win("a", 1, 5)}, {load(1, "n", 6)}}, porcupine.Illegal},
+		{"unknown took effect late", [][]leasetest.Call{{unknown}, {load(1, "n", 6), load(2, "b", 9)}}, porcupine.Ok},
+		{"unknown took no effect", [][]leasetest.Call{{unknown}, {load(1, "n", 6)}, {win("a", 10, 12), load(2, "a", 13)}}, porcupine.Ok},
+		{"unknown was undone", [][]leasetest.Call{{unknown}, {load(2, "b", 6), load(1, "n", 9)}}, porcupine.Illegal},
 	} {
-		if got := linearizable(1, "n", c.calls); got != c.want {
+		if got := leasetest.Linearizable(1, "n", c.calls); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -322,7 +225,7 @@ func TestContenders(t *testing.T) {
 			t.Fatalf("contender %d does not start: %v", i, err)
 		}
 	}
-	calls := make([][]call, contenders)
+	calls := make([][]leasetest.Call, contenders)
 	winner := map[uint64]int{}
 	records := map[uint64]lease.Record{}
 	unknown := 0
@@ -376,7 +279,7 @@ func TestContenders(t *testing.T) {
 	for _, c := range calls {
 		n += len(c)
 	}
-	if res := linearizable(first.Version, first.Nonce, calls); res != porcupine.Ok {
+	if res := leasetest.Linearizable(first.Version, first.Nonce, calls); res != porcupine.Ok {
 		t.Errorf("%d calls are not linearizable: %v", n, res)
 	}
 	t.Logf("%d terms, %d calls, %d of unknown outcome", last.Term, n, unknown)
