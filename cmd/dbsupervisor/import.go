@@ -176,7 +176,7 @@ func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 // openVolume opens the instance's own copy; only one process can.
 func openVolume(cfg *config.Config, boot string, log hclog.Logger) (*volsync.Volume, error) {
 	return volsync.OpenVolume(volsync.VolumeConfig{
-		Dir: cfg.Dir, FS: fsx.OS{}, Log: log.Named("volume"), Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), SpareCopy: cfg.Sync.SpareCopy, BootID: boot, Rand: rand.Reader,
+		Dir: cfg.Dir, FS: fsx.OS{}, Log: log.Named("volume"), Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), Tier: cfg.Sync.Tier, SpareCopy: cfg.Sync.SpareCopy, BootID: boot, Rand: rand.Reader,
 	})
 }
 

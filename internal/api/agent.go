@@ -80,6 +80,7 @@ type SyncResult struct {
 	DurationMS   float64 `json:"duration_ms"`
 	ChangedBytes int64   `json:"changed_bytes"`
 	StoredBytes  int64   `json:"stored_bytes"`
+	Capture      Capture `json:"capture,omitzero"`
 	// Skipped names sockets, fifos and devices, which no snapshot keeps.
 	Skipped []string `json:"skipped,omitempty"`
 }

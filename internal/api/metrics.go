@@ -85,6 +85,8 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge("snapshot_last_changed_bytes", "Bytes of the volume that the last snapshot found changed.", float64(l.ChangedBytes))
 		gauge("snapshot_last_stored_bytes", "Bytes that the last snapshot wrote to the share.", float64(l.StoredBytes))
 	}
+	gauge("sync_tier", "1 for the way in which change is found.", 1, "tier", s.Sync.Tier)
+	collectTracking(s, gauge, counter)
 	counter("snapshots_total", "Snapshots committed since the agent started.", float64(s.Sync.Commits))
 	counter("snapshot_failures_total", "Snapshots that failed since the agent started.", float64(s.Sync.Failures))
 	gauge("snapshot_consecutive_failures", "Snapshots that failed since the last one that was committed.", float64(s.Sync.ConsecutiveFailures))

@@ -114,6 +114,7 @@ type LastCommit struct {
 	ChangedBytes int64     `json:"changed_bytes"` // of the volume, uncompressed
 	StoredBytes  int64     `json:"stored_bytes"`  // written to the share
 	DurationMS   float64   `json:"duration_ms"`   // from the first look to the commit
+	Capture      Capture   `json:"capture,omitzero"`
 }
 
 // Local is this instance's copy of the volume.
@@ -145,9 +146,11 @@ type Sync struct {
 	Running             bool       `json:"running"`
 	ConsecutiveFailures int        `json:"consecutive_failures"`
 	LastError           string     `json:"last_error,omitempty"`
-	Tier                string     `json:"tier,omitempty"` // how change is found: "hashed", …
-	Commits             int64      `json:"commits"`        // of this incarnation
-	Failures            int64      `json:"failures"`       // of this incarnation
+	Tier                string     `json:"tier,omitempty"`        // how change is found: "tracked" or "hashed"
+	TierReason          string     `json:"tier_reason,omitempty"` // why it is not the better tier
+	Tracking            Tracking   `json:"tracking,omitzero"`
+	Commits             int64      `json:"commits"`  // of this incarnation
+	Failures            int64      `json:"failures"` // of this incarnation
 	// IntervalSeconds is the time between two snapshots that is kept now; Slowed says that it
 	// is longer than Schedule asks for, because snapshots take so long.
 	IntervalSeconds float64 `json:"interval_seconds"`

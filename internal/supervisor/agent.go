@@ -122,6 +122,9 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 			add("a snapshot takes %s, longer than sync.max_interval (%s): the share or the disk is too slow", round(s.pace.recent), s.set.Sync.MaxInterval)
 		}
 	}
+	if alarm := s.volume.Tracking().Alarm; alarm != "" {
+		add("change tracking: %s", alarm)
+	}
 	if n := s.fails[ActHydrate]; n > 0 {
 		add("local copy can't be brought to head (%d failures in a row)", n)
 	}
@@ -137,6 +140,7 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 	hist, histErr := s.events.last(5)
 	now, wall := s.clock.Now(), s.clock.Wall()
 	vol := s.volume.State()
+	tier, tierWhy := s.volume.Tier()
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,8 +159,8 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 		Database: api.Database{Container: db.name, Image: s.set.Database.Image, Running: db.running,
 			Healthy: db.answers(now), Error: db.err, Restarts: db.restarts},
 		Sync: api.Sync{Schedule: s.set.Sync.Schedule, Running: s.job == ActSnapshot,
-			ConsecutiveFailures: s.failedFor, LastError: s.syncErr, Tier: s.volume.Tier(),
-			Commits: s.commits, Failures: s.failures, FreezeAborts: s.aborts, PredictedFreezeMS: s.predicted,
+			ConsecutiveFailures: s.failedFor, LastError: s.syncErr, Tier: tier, TierReason: tierWhy, Tracking: s.tracking(),
+			Commits: s.commits, Failures: s.failures, FreezeAborts: s.aborts, PredictedFreezeMS: s.predicted(),
 			Slowed: s.pace.Interval > 0, IntervalSeconds: s.interval(wall).Seconds()},
 		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist,
 		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},

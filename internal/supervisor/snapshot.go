@@ -114,7 +114,7 @@ func hintCapture(err error) error {
 // ship writes a capture to the share and names it head.
 func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Capture, term, seq uint64,
 	frozenAt, began boottime.Instant) (api.SyncResult, error) {
-	res := api.SyncResult{FreezeMS: ms(c.FreezeFor), Skipped: c.Skipped}
+	res := api.SyncResult{FreezeMS: ms(c.FreezeFor), Skipped: c.Skipped, Capture: captureOf(c.Stats)}
 	if c.Unchanged() && basis.Head != nil {
 		s.volume.Abandon(c)
 		res.ID, res.Unchanged = basis.Head.ID, true
@@ -171,7 +171,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	s.commits++
 	s.safeUntil, s.baseline, s.hasBase = frozenAt, tree.Ref.ID, true
 	s.lastCommit = &api.LastCommit{ID: tree.Ref.ID, At: s.clock.Wall(), FreezeMS: res.FreezeMS,
-		ChangedBytes: res.ChangedBytes, StoredBytes: res.StoredBytes, DurationMS: res.DurationMS}
+		ChangedBytes: res.ChangedBytes, StoredBytes: res.StoredBytes, DurationMS: res.DurationMS, Capture: res.Capture}
 	s.mu.Unlock()
 	return res, nil
 }

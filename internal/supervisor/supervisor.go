@@ -96,7 +96,6 @@ type Supervisor struct {
 	aborted    int   // ... in a row
 	alarmed    bool  // the history says that snapshots keep failing
 	failedFor  int   // snapshots in a row that failed
-	predicted  *float64
 
 	servedAt   boottime.Instant // when clients were last let in, or the term began
 	termCtx    context.Context

@@ -230,3 +230,89 @@ func (u *unwritten) more(from int64) error {
 	}
 	return nil
 }
+
+// readScattered looks at some blocks of a file of size bytes that most likely have data:
+// they are read without asking for holes first, and only what is zero is asked about. If
+// hashed is false the codes of other blocks are left unknown.
+func readScattered(ctx context.Context, f *os.File, size, alloc int64, ranges []blockRange, hashed bool, sink blockSink) error {
+	var most uint64
+	for _, br := range ranges {
+		most = max(most, br.To-br.From)
+	}
+	most = min(most, readChunk/BlockSize)
+	buf, codes := make([]byte, most*BlockSize), make([]code, most)
+	for _, br := range ranges {
+		for b := br.From; b < br.To; {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := min(br.To-b, most)
+			chunk := buf[:n*BlockSize]
+			k := 0
+			if off := int64(b) * BlockSize; off < size {
+				var err error
+				k, err = f.ReadAt(chunk[:min(int64(len(chunk)), size-off)], off)
+				if err != nil && !errors.Is(err, io.EOF) {
+					return fmt.Errorf("read %s: %w", f.Name(), err)
+				}
+			}
+			clear(chunk[k:])
+			if err := sinkScattered(f, size, alloc, b, chunk, codes[:n], hashed, sink); err != nil {
+				return err
+			}
+			b += n
+		}
+	}
+	return nil
+}
+
+// sinkScattered passes runs of blocks that are all zero, or all not, on.
+func sinkScattered(f *os.File, size, alloc int64, first uint64, chunk []byte, codes []code, hashed bool, sink blockSink) error {
+	block := func(i int) []byte { return chunk[i*BlockSize : (i+1)*BlockSize] }
+	for i := 0; i < len(codes); {
+		zero := allZero(block(i))
+		end := i
+		for end < len(codes) && allZero(block(end)) == zero {
+			var err error
+			switch {
+			case zero:
+				codes[end], err = zeroCode(f, size, alloc, first+uint64(end))
+			case hashed:
+				codes[end] = blockCode(block(end))
+			default:
+				codes[end] = codeUnknown
+			}
+			if err != nil {
+				return err
+			}
+			end++
+		}
+		var data []byte
+		if !zero {
+			data = chunk[i*BlockSize : end*BlockSize]
+		}
+		if err := sink(first+uint64(i), codes[i:end], data); err != nil {
+			return err
+		}
+		i = end
+	}
+	return nil
+}
+
+// zeroCode says in which way a block that reads as zero is zero.
+func zeroCode(f *os.File, size, alloc int64, b uint64) (code, error) {
+	from := int64(b) * BlockSize
+	end := min(from+BlockSize, size)
+	if from >= size {
+		return codeHole, nil
+	}
+	data, _, err := nextData(f, from, end)
+	if err != nil {
+		return 0, err
+	}
+	if data < end {
+		return codeZero, nil
+	}
+	zeros := unwritten{f: f, skip: alloc == 0}
+	return zeros.code(from, end)
+}

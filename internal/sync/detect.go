@@ -14,26 +14,42 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// detector finds out which files may have changed, so that only those are read. A detector
-// that is told by the kernel which ranges were written can take the hashing one's place.
+// detector finds out which files may have changed, so that only those are read. There is
+// one per tier.
 type detector interface {
-	// begin opens a round of looking at the volume. In a frozen round nothing can change
-	// any more, and it must be quick.
-	begin(ctx context.Context, frozen bool) (round, error)
+	// look opens a round of looking at the volume, and returns the inodes to be considered.
+	// In a frozen round nothing can change any more, and it must be quick.
+	look(ctx context.Context, kind roundKind, p *pending) ([]*node, round, error)
+	// considered says that there was nothing to read of a file, or what has been read of it.
+	considered(n *node, j *readJob)
+	// links are the symbolic links to be checked in this round, by name.
+	links() map[string]*node
+	// expect is what a freeze would have to do as things stand, in blocks and names, and
+	// whether something should be looked at again before; ok is false if that isn't known.
+	expect() (blocks uint64, names int, again, ok bool)
+	// census is what the last round found, as a whole.
+	census() (*census, error)
 }
+
+// roundKind says what a round may do.
+type roundKind int
+
+const (
+	roundSync   roundKind = iota // the database runs; begins with a syncfs
+	roundLight                   // the database runs; no syncfs
+	roundFrozen                  // nothing can change
+)
 
 // round is one pass over the volume.
 type round interface {
 	// suspect says which blocks of a file may differ from what was read when its stat was
-	// prev (the zero key: never) and that reading was settled or not.
-	suspect(now, prev statKey, settled bool) []blockRange
+	// prev (the zero key: never) and that reading was settled or not; later means that the
+	// next round will be able to say.
+	suspect(now, prev statKey, settled bool) (ranges []blockRange, later bool)
 	// settled says whether a file that is read in this round, with this stat, can be
 	// believed unchanged for as long as its stat stays the same.
 	settled(now statKey) bool
 }
-
-// blockRange is [From, To) in blocks of a file.
-type blockRange struct{ From, To uint64 }
 
 // statDetector suspects every file whose stat has changed, as a whole.
 //
@@ -67,8 +83,43 @@ type statRound struct {
 	mapped map[uint64]bool
 }
 
-func (d *statDetector) begin(ctx context.Context, frozen bool) (round, error) {
-	r := &statRound{}
+// hashed is the detector of the tier of that name: every round scans the volume.
+type hashed struct {
+	statDetector
+	scan  func(ctx context.Context, tolerant bool, p *pending) (*scanned, error)
+	found *scanned
+}
+
+func (d *hashed) look(ctx context.Context, kind roundKind, p *pending) ([]*node, round, error) {
+	rd, err := d.begin(ctx, kind == roundFrozen)
+	if err != nil {
+		return nil, nil, err
+	}
+	if d.found, err = d.scan(ctx, kind != roundFrozen, p); err != nil {
+		return nil, nil, err
+	}
+	return d.found.nodes, rd, nil
+}
+
+func (d *hashed) considered(*node, *readJob) {}
+
+func (d *hashed) links() map[string]*node {
+	out := map[string]*node{}
+	for _, n := range d.found.nodes {
+		if n.typ == TypeSymlink {
+			for _, name := range n.names {
+				out[name] = n
+			}
+		}
+	}
+	return out
+}
+
+func (d *hashed) expect() (uint64, int, bool, bool) { return 0, 0, false, false }
+
+func (d *hashed) census() (*census, error) { return newCensus(d.found) }
+
+func (d *statDetector) begin(ctx context.Context, frozen bool) (*statRound, error) {
 	if !frozen || d.since == 0 {
 		since, offset := coarseNow()
 		if err := d.sync(ctx); err != nil {
@@ -76,6 +127,12 @@ func (d *statDetector) begin(ctx context.Context, frozen bool) (round, error) {
 		}
 		d.since, d.offset = since, offset
 	}
+	return d.rules(frozen)
+}
+
+// rules says what a stat is worth after the last syncfs.
+func (d *statDetector) rules(frozen bool) (*statRound, error) {
+	r := &statRound{}
 	window := racyWindow
 	if frozen {
 		window = racyWindowFrozen
@@ -96,12 +153,14 @@ func (d *statDetector) begin(ctx context.Context, frozen bool) (round, error) {
 	return r, nil
 }
 
-func (r *statRound) suspect(now, prev statKey, settled bool) []blockRange {
+func (r *statRound) suspect(now, prev statKey, settled bool) ([]blockRange, bool) {
 	if now == prev && settled && !r.mapped[now.Ino] {
-		return nil
+		return nil, false
 	}
-	return []blockRange{{0, blocksOf(now.Size)}}
+	return wholeFile(now), false
 }
+
+func wholeFile(now statKey) []blockRange { return []blockRange{{0, blocksOf(now.Size)}} }
 
 func (r *statRound) settled(now statKey) bool { return now.CTime < r.before && !r.mapped[now.Ino] }
 

@@ -58,6 +58,7 @@ func (v *Volume) SetAside(_ context.Context, reason string, head SnapshotRef) (F
 		return Fork{}, fmt.Errorf("encode fork: %w", err)
 	}
 	v.dropWork()
+	v.stopFollowing()
 	v.base, v.idx = nil, nil
 	steps := []func() error{
 		func() error { return v.fs.Mkdir(dir) },
@@ -80,6 +81,7 @@ func (v *Volume) SetAside(_ context.Context, reason string, head SnapshotRef) (F
 // finishSetAside goes on after an attempt that had moved the data already and then failed.
 func (v *Volume) finishSetAside() (Fork, error) {
 	v.dropWork()
+	v.stopFollowing()
 	v.base, v.idx = nil, nil
 	moved := v.State().ID
 	if err := v.freshVolume(); err != nil {

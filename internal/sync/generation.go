@@ -184,6 +184,7 @@ func (v *Volume) swap(g *Generation) error {
 	if err := v.fs.At("swap", v.Path()); err != nil {
 		return fail(err)
 	}
+	v.stopFollowing()
 	if err := unix.Renameat2(unix.AT_FDCWD, v.sparePath(), unix.AT_FDCWD, v.Path(), unix.RENAME_EXCHANGE); err != nil {
 		return fail(err)
 	}

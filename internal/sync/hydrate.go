@@ -214,6 +214,7 @@ func (a *applier) direct(ctx context.Context, s *Store) error {
 
 // markApplying records, before the first change, that the volume is no snapshot any more.
 func (v *Volume) markApplying() error {
+	v.stopFollowing()
 	v.base, v.idx = nil, nil
 	return v.setState(func(st *VolumeState) { st.Phase, st.Base, st.LiveTerm = PhaseApplying, SnapshotRef{}, 0 })
 }

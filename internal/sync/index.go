@@ -38,6 +38,7 @@ type indexed struct {
 	// settled says that any change since would show in the key.
 	settled bool
 	codes   []code // regular files only
+	own     bool   // nothing else refers to codes
 }
 
 func newIndex() *index {
@@ -51,6 +52,38 @@ func (x *index) set(id FileID, f *indexed) {
 	if f.key.Ino != 0 {
 		x.byIno[f.key.Ino] = id
 	}
+}
+
+// update makes what was read of an inode what is known of it, and says how that differs.
+func (x *index) update(id FileID, typ FileType, w *work) indexFile {
+	var old []code
+	if f := x.files[id]; f != nil {
+		old = f.codes
+	}
+	f := &indexed{typ: typ, key: w.key, settled: w.settled}
+	out := indexFile{ID: id, Type: typ, Key: f.key, Settled: f.settled, Blocks: w.blocks}
+	if typ == TypeRegular {
+		f.codes, f.own = old, true
+		if was := x.files[id]; was == nil || !was.own || uint64(len(old)) != w.blocks {
+			f.codes = resizeCodes(old, w.blocks)
+		}
+		var run *indexRun
+		// Blocks that the overlay doesn't have are as the index had them.
+		_ = w.over.each(func(b uint64, c code, _ uint32) error {
+			if b < uint64(len(old)) && b < w.valid && f.codes[b] == c {
+				return nil
+			}
+			f.codes[b] = c
+			if run == nil || run.Start+uint64(len(run.Codes)/8) != b {
+				out.Runs = append(out.Runs, indexRun{Start: b})
+				run = &out.Runs[len(out.Runs)-1]
+			}
+			run.Codes = binary.LittleEndian.AppendUint64(run.Codes, uint64(c))
+			return nil
+		})
+	}
+	x.set(id, f)
+	return out
 }
 
 func (x *index) remove(id FileID) {

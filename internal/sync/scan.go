@@ -84,6 +84,8 @@ type scanner struct {
 	byIno map[uint64]*node
 	out   *scanned
 	seen  int
+	// shallow: directories are not looked into.
+	shallow bool
 }
 
 // walk closes dir.
@@ -133,6 +135,9 @@ func (s *scanner) entry(dirfd int, name, rel, proc string) error {
 		}
 		if err := s.add(rel, &st, TypeDir, proc); err != nil {
 			return err
+		}
+		if s.shallow {
+			return nil
 		}
 		fd, err := unix.Openat(dirfd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 		if err != nil {

@@ -62,6 +62,10 @@ type VolumeConfig struct {
 	SpareCopy string
 	// Clock tells how long a freeze takes; nil means the machine's.
 	Clock boottime.Clock
+	// Tier is how change is found: TierAuto (also ""), TierTracked or TierHashed.
+	Tier string
+
+	track func() (tracker, error) // tests put a tracker of their own here
 }
 
 // Volume is the local copy of the database's files. All methods are safe for concurrent
@@ -74,8 +78,11 @@ type Volume struct {
 
 	op stdsync.Mutex // held by one long operation
 
-	mu stdsync.Mutex // guards st
-	st VolumeState
+	mu      stdsync.Mutex // guards what follows
+	st      VolumeState
+	tier    string
+	tierWhy string
+	tracked TrackStats
 
 	// Guarded by op.
 	base *Tree    // what the volume descends from; nil: not loaded
@@ -88,6 +95,10 @@ type Volume struct {
 	half      *index    // what is known of a half-applied volume
 	reflink   *bool     // whether the file system can clone; nil: not tried
 	trash     stdsync.WaitGroup
+
+	follow   *follower // nil in the tier "hashed"
+	distrust string    // why the tracker is not believed any more
+	pace     pace
 }
 
 // OpenVolume takes possession of the directory, creating what is missing, and cleans up
@@ -108,7 +119,7 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 	if cfg.Rand == nil {
 		return nil, errors.New("open volume: no source of randomness")
 	}
-	v := &Volume{cfg: cfg, fs: cfg.FS, log: cfg.Log}
+	v := &Volume{cfg: cfg, fs: cfg.FS, log: cfg.Log, tier: TierHashed, tierWhy: "nothing has been captured yet"}
 	if err := v.open(); err != nil {
 		_ = v.Close()
 		return nil, fmt.Errorf("open volume %s: %w", cfg.Dir, err)
@@ -161,18 +172,30 @@ func (v *Volume) checkOneFS() error {
 func (v *Volume) Close() error {
 	v.op.Lock()
 	defer v.op.Unlock()
-	v.dropWork()
 	v.trash.Wait()
-	if v.lock == nil {
-		return nil
+	var err error
+	if v.follow != nil {
+		err = v.follow.tracker.Close()
+		v.follow = nil
 	}
-	err := v.lock.Close() // releases the lock too
+	v.dropPending()
+	if v.lock == nil {
+		return err
+	}
+	err = errors.Join(err, v.lock.Close()) // releases the lock too
 	v.lock = nil
 	return err
 }
 
 // dropWork forgets everything that was captured and not committed.
 func (v *Volume) dropWork() {
+	v.dropPending()
+	if v.follow != nil {
+		v.follow.restart()
+	}
+}
+
+func (v *Volume) dropPending() {
 	if v.pend != nil {
 		v.pend.close()
 	}
@@ -186,6 +209,7 @@ func (v *Volume) Path() string { return filepath.Join(v.cfg.Dir, "volume") }
 func (v *Volume) stateDir() string  { return filepath.Join(v.cfg.Dir, "state") }
 func (v *Volume) statePath() string { return filepath.Join(v.stateDir(), "volume.json") }
 func (v *Volume) indexPath() string { return v.indexOfCopy(v.State().Copy) }
+func (v *Volume) carryPath() string { return filepath.Join(v.stateDir(), "carry") }
 func (v *Volume) spoolDir() string  { return filepath.Join(v.cfg.Dir, "spool") }
 func (v *Volume) forksDir() string  { return filepath.Join(v.cfg.Dir, "forks") }
 func (v *Volume) stageDir() string  { return filepath.Join(v.spoolDir(), "apply") }

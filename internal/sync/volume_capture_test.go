@@ -136,10 +136,10 @@ func TestVolumeDetector(t *testing.T) {
 			t.Errorf("%s: settled is %v", name, got)
 		}
 	}
-	if r := rd.suspect(key, key, true); r != nil {
+	if r, _ := rd.suspect(key, key, true); r != nil {
 		t.Errorf("unchanged file is suspected: %v", r)
 	}
-	if r := rd.suspect(key, key, false); len(r) != 1 || r[0] != (blockRange{0, 9}) {
+	if r, _ := rd.suspect(key, key, false); len(r) != 1 || r[0] != (blockRange{0, 9}) {
 		t.Errorf("unsettled file is not suspected: %v", r)
 	}
 	for i, change := range []func(k *statKey){
@@ -148,7 +148,7 @@ func TestVolumeDetector(t *testing.T) {
 	} {
 		k := key
 		change(&k)
-		if rd.suspect(k, key, true) == nil {
+		if r, _ := rd.suspect(k, key, true); r == nil {
 			t.Errorf("change %d is not suspected", i)
 		}
 	}
@@ -172,7 +172,7 @@ func TestVolumeDetector(t *testing.T) {
 	volOK(t, err)
 	mapped := key
 	mapped.Ino = st.Ino
-	if rd.suspect(mapped, mapped, true) == nil || rd.settled(mapped) {
+	if r, _ := rd.suspect(mapped, mapped, true); r == nil || rd.settled(mapped) {
 		t.Error("a mapped file is believed")
 	}
 	// Somebody set the clock: nothing read now can be trusted.

@@ -188,30 +188,46 @@ func (w *volWorld) step() {
 // every bit and attribute, and so is a second volume that follows with deltas, across
 // failed, abandoned and interrupted steps, restarts and reboots.
 func TestVolumeRandom(t *testing.T) {
-	t.Run("disk", func(t *testing.T) { volRandom(t, 8, func() string { return t.TempDir() }) })
-	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }) })
+	t.Run("disk", func(t *testing.T) { volRandom(t, 8, func() string { return t.TempDir() }, false) })
+	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }, false) })
 }
 
-func volRandom(t *testing.T, checks int, temp func() string) {
+// TestVolumeRandomTracked: the same with what a tracker says.
+func TestVolumeRandomTracked(t *testing.T) {
+	t.Run("disk", func(t *testing.T) { volRandom(t, 10, func() string { return t.TempDir() }, true) })
+	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }, true) })
+}
+
+func volRandom(t *testing.T, checks int, temp func() string, tracked bool) {
 	volChecks(t, checks)
 	rapid.Check(t, func(rt *rapid.T) {
 		ctx := context.Background()
 		rig := newVolRig(t)
 		rig.temp = temp
 		dir, follow := temp(), temp()
-		v := rig.open(dir, nil)
+		oracle := &volOracle{}
+		edit := func(d string) func(*VolumeConfig) {
+			if tracked && d == dir {
+				return volTracked(t, oracle)
+			}
+			return func(*VolumeConfig) {}
+		}
+		v := rig.open(dir, edit(dir))
 		f := rig.open(follow, nil)
 		defer func() { _ = v.Close(); _ = f.Close() }()
 		volOK(t, v.MarkLive(ctx, 1))
 		volOK(t, v.Baseline(ctx, rig.store, SnapshotRef{}))
 		w := &volWorld{t: rt, root: v.Path()}
 		boot := 1
-		again := func(old *Volume, dir string) *Volume {
+		again := func(old *Volume, which string) *Volume {
 			volOK(t, old.Close())
 			if rapid.Bool().Draw(rt, "reboot") {
 				boot++
+				if which == dir {
+					*oracle = volOracle{}
+				}
 			}
-			return rig.open(dir, func(c *VolumeConfig) { c.BootID = fmt.Sprint("boot-", boot) })
+			return rig.open(which, func(c *VolumeConfig) { c.BootID = fmt.Sprint("boot-", boot); edit(which)(c) })
 		}
 		for range rapid.IntRange(1, 5).Draw(rt, "snapshots") {
 			for range rapid.IntRange(0, 12).Draw(rt, "steps") {

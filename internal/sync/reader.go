@@ -1,0 +1,297 @@
+package sync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	stdsync "sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"dbsupervisor/internal/fsx"
+)
+
+// readJob is one file to be read.
+type readJob struct {
+	n       *node
+	w       *work
+	cut     uint64
+	ranges  []blockRange
+	settled bool
+	// What was known before, for a file that turns out to be elsewhere.
+	prev        statKey
+	prevSettled bool
+
+	left   atomic.Int64 // pieces that are not done
+	missed atomic.Bool  // it was gone, or another file had its name
+}
+
+// whole says whether all of the file is read, in which case its holes are asked for first.
+func (j *readJob) whole() bool {
+	return len(j.ranges) == 1 && j.ranges[0].From == 0 && j.ranges[0].To >= blocksOf(j.n.key.Size)
+}
+
+func (j *readJob) blocks() uint64 { return countBlocks(j.ranges) }
+
+// How much of a file one worker reads at once: of a whole file, and of scattered ranges.
+const (
+	pieceBlocks  = 32 << 20 / BlockSize
+	scatterPiece = 2 << 20 / BlockSize
+)
+
+// pieces cuts the job into what one worker does at once.
+func (j *readJob) pieces() [][]blockRange {
+	most := uint64(pieceBlocks)
+	if !j.whole() {
+		most = scatterPiece
+	}
+	var out [][]blockRange
+	var piece []blockRange
+	left := most
+	for _, br := range j.ranges {
+		for at := br.From; at < br.To; {
+			n := min(left, br.To-at)
+			piece = append(piece, blockRange{at, at + n})
+			if at, left = at+n, left-n; left == 0 {
+				out, piece, left = append(out, piece), nil, most
+			}
+		}
+	}
+	if len(piece) > 0 || len(out) == 0 { // an empty file is done at once
+		out = append(out, piece)
+	}
+	return out
+}
+
+// reader reads files and spools the blocks that the baseline doesn't have.
+type reader struct {
+	fs       fsx.FS
+	root     *os.File
+	spool    *spool
+	tolerant bool // files may vanish: the database is running
+	progress Progress
+	bytes    atomic.Int64
+	// hold keeps what is read in memory, up to that many bytes, until settle: in a freeze
+	// nothing is hashed, compared or written that could be after it.
+	hold int64
+
+	mu   stdsync.Mutex
+	held []heldBlocks
+}
+
+// heldBlocks are blocks that have been read and not looked at.
+type heldBlocks struct {
+	j     *readJob
+	first uint64
+	data  []byte
+}
+
+func (r *reader) run(ctx context.Context, jobs []*readJob, workers int) error {
+	var total int64
+	for _, j := range jobs {
+		total += int64(j.blocks()) * BlockSize
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(workers, 1))
+	for _, j := range jobs {
+		pieces := j.pieces()
+		j.left.Store(int64(len(pieces)))
+		for _, piece := range pieces {
+			g.Go(func() error {
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				if err := r.piece(ctx, j, piece); err != nil {
+					return err
+				}
+				if r.progress != nil {
+					r.progress.Set("copying", r.bytes.Load(), total)
+				}
+				if j.left.Add(-1) > 0 {
+					return nil
+				}
+				if j.missed.Load() {
+					return nil
+				}
+				j.w.key, j.w.settled = j.n.key, j.settled
+				return nil
+			})
+		}
+	}
+	err := g.Wait()
+	for _, j := range jobs {
+		j.recall()
+	}
+	return err
+}
+
+// recall takes a job back that was not finished. What is known of a file of which only
+// ranges were to be read stays: they are read another time.
+func (j *readJob) recall() {
+	if j.w.key == (statKey{}) && !j.whole() {
+		j.w.key, j.w.settled = j.prev, j.prevSettled
+	}
+}
+
+// done says that everything that was to be read has been.
+func (j *readJob) done() bool { return j.left.Load() == 0 && !j.missed.Load() }
+
+func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange) error {
+	name := j.n.names[0]
+	if err := r.fs.At("capture-read", name); err != nil {
+		return err
+	}
+	if len(piece) == 0 {
+		return nil
+	}
+	f, err := openBelow(int(r.root.Fd()), name)
+	if err == nil {
+		defer f.Close()
+		var st unix.Stat_t
+		if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Ino != j.n.key.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG) {
+			err = unix.ENOENT // another file by now
+		}
+	}
+	if err != nil {
+		if r.tolerant {
+			j.missed.Store(true)
+			return nil
+		}
+		if errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("%w: %q vanished while it was captured", ErrFreezeBroken, name)
+		}
+		return fmt.Errorf("read %q: %w", name, err)
+	}
+	sink := func(first uint64, codes []code, data []byte) error {
+		r.bytes.Add(int64(len(data)))
+		return r.keep(j, first, codes, data)
+	}
+	if j.whole() {
+		for _, br := range piece {
+			if err := readBlocks(ctx, f, j.n.key.Size, j.n.alloc, br.From, br.To, sink); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if r.hold > 0 {
+		sink = func(first uint64, codes []code, data []byte) error {
+			r.bytes.Add(int64(len(data)))
+			if data != nil && r.keepLater(j, first, data) {
+				return nil
+			}
+			for i := range codes {
+				if data != nil && codes[i] == codeUnknown {
+					codes[i] = blockCode(data[i*BlockSize : (i+1)*BlockSize])
+				}
+			}
+			return r.keep(j, first, codes, data)
+		}
+	}
+	return readScattered(ctx, f, j.n.key.Size, j.n.alloc, piece, r.hold == 0, sink)
+}
+
+// keepLater takes a copy of blocks none of which is zero, if there is room.
+func (r *reader) keepLater(j *readJob, first uint64, data []byte) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.hold < int64(len(data)) {
+		return false
+	}
+	r.hold -= int64(len(data))
+	r.held = append(r.held, heldBlocks{j, first, append([]byte(nil), data...)})
+	return true
+}
+
+// settle hashes and spools what was held.
+func (r *reader) settle(ctx context.Context) (err error) {
+	defer func() {
+		for _, h := range r.held {
+			if err != nil {
+				h.j.w.key = statKey{} // has to be read again
+			}
+		}
+		r.held = nil
+	}()
+	var codes []code
+	for i, h := range r.held {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		codes = codes[:0]
+		for at := 0; at < len(h.data); at += BlockSize {
+			codes = append(codes, blockCode(h.data[at:at+BlockSize]))
+		}
+		if err := r.keep(h.j, h.first, codes, h.data); err != nil {
+			return err
+		}
+		r.held[i].data = nil
+	}
+	return nil
+}
+
+// keep notes codes and spools the blocks that neither the baseline nor the spool has.
+func (r *reader) keep(j *readJob, first uint64, codes []code, data []byte) error {
+	w := j.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	wanted := func(i int) bool {
+		b := first + uint64(i)
+		c := codes[i]
+		if c.kind() != ExtentData || w.same(b, c) && b+1 != j.cut {
+			return false
+		}
+		have, slot := w.at(b)
+		return slot == 0 || have != c
+	}
+	slotAt := func(i int) uint32 {
+		_, slot := w.at(first + uint64(i))
+		return slot
+	}
+	for i := 0; i < len(codes); {
+		b := first + uint64(i)
+		if !wanted(i) {
+			if have, _, ok := w.over.get(b); !ok || have != codes[i] {
+				w.put(b, codes[i], 0, b+1 == j.cut) // the slot has something else
+			}
+			i++
+			continue
+		}
+		// A run of blocks that go to slots in a row, old ones or new.
+		slot := slotAt(i)
+		end := i + 1
+		for end < len(codes) && wanted(end) {
+			next := slotAt(end)
+			if slot == 0 && next != 0 || slot != 0 && next != slot+uint32(end-i) {
+				break
+			}
+			end++
+		}
+		n := uint64(end - i)
+		if slot == 0 {
+			at, err := r.spool.alloc(n)
+			if err != nil {
+				return err
+			}
+			if at+n >= math.MaxUint32 {
+				return errors.New("too many changed blocks for one spool")
+			}
+			slot = uint32(at) + 1
+		}
+		for k := range n {
+			w.over.put(b+k, codeUnknown, slot+uint32(k)) // until it has been written
+		}
+		if err := r.spool.write(uint64(slot-1), data[i*BlockSize:end*BlockSize]); err != nil {
+			return err
+		}
+		for k := range n {
+			w.over.put(b+k, codes[i+int(k)], slot+uint32(k))
+		}
+		i = end
+	}
+	return nil
+}
