@@ -87,7 +87,7 @@ test-nfs:
 test-kernel:
 	@scripts/ensure-tools.sh qemu
 	@scripts/fetch-kernel.sh >/dev/null
-	DBSUPERVISOR_QEMU=1 go test -count=1 -v -timeout $(TESTTIMEOUT) $(ARGS) ./tests/qemu
+	DBSUPERVISOR_QEMU=1 go test -count=1 -p 1 -v -timeout $(TESTTIMEOUT) $(ARGS) ./tests/qemu ./tests/kernel
 
 demo: image build
 	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh
