@@ -505,7 +505,6 @@ func (a *Agent) Digest(_ None, lines *[]string) error {
 type Verdict struct {
 	Snapshots, Packs int
 	Problems         []string
-	Strays           int // files that nothing committed refers to
 }
 
 // Verify checks every snapshot of the store.
@@ -551,8 +550,14 @@ func (a *Agent) Clean(_ None, removed *int) error {
 	return err
 }
 
+// Named is a step of the script.
+type Named struct {
+	Name string
+	Cold bool
+}
+
 // StepNames are the steps of the script whose operations are counted.
-func (a *Agent) StepNames(_ None, steps *[]opscript.Step) error {
+func (a *Agent) StepNames(_ None, steps *[]Named) error {
 	share := filepath.Join(mountPoint, "script")
 	if err := os.Mkdir(share, 0o700); err != nil {
 		return err
@@ -560,7 +565,7 @@ func (a *Agent) StepNames(_ None, steps *[]opscript.Step) error {
 	a.script = opscript.New(share, diskDir)
 	a.steps = a.script.Steps()
 	for _, s := range a.steps {
-		*steps = append(*steps, opscript.Step{Name: s.Name, Cold: s.Cold})
+		*steps = append(*steps, Named{s.Name, s.Cold})
 	}
 	return nil
 }
