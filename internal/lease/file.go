@@ -58,6 +58,8 @@ type FileRegister struct {
 	cluster fsx.Identity // of the file `cluster` when it was last read and found to be ours
 	known   Record       // the newest record that is certainly a true one; Version 0: none
 	file    fsx.Content  // ... the file that it was read from or written to
+	made    bool         // ... it was made by this handle
+	spent   []string     // temporary names of swaps that counted, for Prune to remove
 }
 
 var _ Register = (*FileRegister)(nil)
@@ -155,7 +157,7 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 			_, err = r.fs.Stat(r.path(newest - 1))
 		}
 		if err == nil {
-			r.learn(rec, file)
+			r.learn(rec, file, false)
 			return rec.Clone(), nil
 		}
 		// We slept between listing and opening, and the record was pruned meanwhile:
@@ -175,10 +177,11 @@ func (r *FileRegister) knownRecord() (Record, fsx.Content) {
 	return r.known.Clone(), r.file
 }
 
-// learn keeps a record that was loaded or swapped in.
-func (r *FileRegister) learn(rec Record, file fsx.Content) {
+// learn keeps a record that was loaded or (made) swapped in.
+func (r *FileRegister) learn(rec Record, file fsx.Content, made bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.made = made
 	if file != (fsx.Content{}) {
 		r.known, r.file = rec.Clone(), file
 	}

@@ -223,7 +223,10 @@ func TestPruneIsAscendingAndStops(t *testing.T) {
 	f := newFaultFS(quickFS{})
 	cfg := newShare(t, f)
 	r := mustOpen(t, cfg)
-	rec := grow(t, r, mustLoad(t, r), 99) // versions 1 to 100
+	rec := mustLoad(t, r)
+	for range 99 { // versions 1 to 100, by as many writers: each removes its temporary name
+		rec = grow(t, mustOpen(t, cfg), rec, 1)
+	}
 	dir := registerDir(t, cfg.Share)
 	must(t, os.WriteFile(filepath.Join(dir, ".5-abc.tmp"), nil, 0o600))  // a crashed writer's
 	must(t, os.WriteFile(filepath.Join(dir, ".99-abc.tmp"), nil, 0o600)) // perhaps still at work

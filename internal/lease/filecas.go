@@ -78,8 +78,8 @@ func (r *FileRegister) swap(ctx context.Context, prev, next Record, data []byte,
 	if err == nil {
 		err = r.publish(prev, next, tmp, before)
 	}
-	if err == nil {
-		r.learn(next, file)
+	if err == nil && r.counted(prev, next, file, tmp) {
+		return nil
 	}
 	if !errors.Is(err, fsx.ErrCrash) {
 		// Only a name: the record itself has another one by now, or was refused.
@@ -88,6 +88,20 @@ func (r *FileRegister) swap(ctx context.Context, prev, next Record, data []byte,
 		}
 	}
 	return err
+}
+
+// counted keeps what a swap that counted has made. It returns true if the temporary name may stay
+// for Prune: that of a holder, who swaps again and again. Each removal would make an NFS client
+// ask about everything in the directory anew.
+func (r *FileRegister) counted(prev, next Record, file fsx.Content, tmp string) (later bool) {
+	r.mu.Lock()
+	later = r.made && r.known.Version == prev.Version && len(r.spent) < keepRecords
+	if later {
+		r.spent = append(r.spent, tmp)
+	}
+	r.mu.Unlock()
+	r.learn(next, file, true)
+	return later
 }
 
 // lookBefore finds the file of the record that was loaded. It also keeps stray records rare (a

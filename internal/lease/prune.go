@@ -9,7 +9,8 @@ import (
 	"slices"
 )
 
-// Prune removes all records but the newest 64, and temporary files as old as those. Only
+// Prune removes all records but the newest 64, temporary files as old as those, and those that
+// this handle's own swaps have left. Only
 // the holder calls it. It removes in ascending order and stops at any error but "no such
 // file": that a number is free because it was pruned must imply that its predecessor is
 // gone too, or a reader that slept over it could win it (see CompareAndSwap).
@@ -23,6 +24,9 @@ func (r *FileRegister) Prune(ctx context.Context) error {
 
 func (r *FileRegister) prune(ctx context.Context) error {
 	if err := r.checkCluster(); err != nil {
+		return err
+	}
+	if err := r.removeSpent(ctx); err != nil {
 		return err
 	}
 	versions, temps, err := r.list()
@@ -61,6 +65,31 @@ func (r *FileRegister) prune(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// removeSpent removes the temporary names of swaps that counted. Their links were answered, so
+// nothing that is under way can need them.
+func (r *FileRegister) removeSpent(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		if len(r.spent) == 0 {
+			r.mu.Unlock()
+			return nil
+		}
+		name := r.spent[0]
+		r.mu.Unlock()
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := r.fs.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		r.mu.Lock()
+		if len(r.spent) > 0 && r.spent[0] == name {
+			r.spent = r.spent[1:]
+		}
+		r.mu.Unlock()
+	}
 }
 
 // History returns the records that are still there, ascending, up to the newest and without

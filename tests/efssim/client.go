@@ -96,6 +96,7 @@ type cached struct {
 	attr    fuse.Attr
 	known   bool          // attr is as the server said last
 	stale   bool          // attr is not to be shown any more, its change attribute still holds
+	told    bool          // the answer to a WRITE has brought attributes since attr
 	checked time.Duration // when
 	timeout time.Duration // how long it is believed
 
@@ -329,6 +330,10 @@ func (c *client) show(thread uint32, id uint64) (a fuse.Attr, hit bool, w wait) 
 	if len(n.dirty) > 0 {
 		w += c.flush(n, false) // so that the server knows the times
 	}
+	if a, ok := c.stat(id); ok && n.told && c.caches() {
+		n.told = false
+		n.attr, n.known, n.stale, n.checked = a, true, false, c.now()
+	}
 	if c.fresh(n) && !n.stale {
 		return n.attr, c.caches() && !n.ours(), w
 	}
@@ -389,6 +394,7 @@ func (c *client) flush(n *cached, commit bool) (w wait) {
 		w += c.rpc(ProcCommit, 1)
 	}
 	n.dirty = nil
+	n.told = true // without a delegation every WRITE asks for the attributes too
 	return w + wait(max(0, c.free-c.now()))
 }
 
@@ -409,7 +415,7 @@ func (c *client) write(id uint64, from, size int64) wait {
 	before := n.dirty.len()
 	n.dirty = n.dirty.add(s)
 	n.pages = n.pages.add(s)
-	n.stale = true
+	n.stale, n.told = true, false
 	w := c.transfer(n.dirty.len() - before)
 	if c.opt.Pace.Rate > 0 {
 		return max(0, w-wait(float64(backlog)/float64(c.opt.Pace.Rate)*float64(time.Second)))
