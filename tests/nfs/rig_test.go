@@ -15,12 +15,16 @@ import (
 	"testing"
 	"time"
 
+	"dbsupervisor/tests/efssim"
 	"dbsupervisor/tests/qemu"
 )
 
 const agentEnv = "NFS_AGENT" // where a guest's agent finds the host
 
 func TestMain(m *testing.M) {
+	if code, ok := efssim.ServeIfAsked(); ok {
+		os.Exit(code)
+	}
 	if addr := os.Getenv(agentEnv); addr != "" {
 		if err := serveHost(addr); err != nil {
 			fmt.Println(err)
