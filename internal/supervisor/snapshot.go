@@ -128,9 +128,10 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	if basis.Head != nil {
 		base = s.volume.BaseTree()
 	}
+	moves := s.moves()
 	tree, stats, err := s.store.Write(ctx, volsync.WriteRequest{
 		Base: base, Delta: c.Delta, Blocks: c.Blocks, Term: term, Seq: seq, Frozen: c.Frozen,
-		Writer: s.set.Instance, Progress: s.report(),
+		Writer: s.set.Instance, Moves: moves, Progress: s.report(),
 	})
 	if err != nil {
 		s.volume.Abandon(c)
@@ -140,6 +141,13 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	if err := s.volume.SyncFS(ctx); err != nil {
 		s.volume.Abandon(c)
 		return res, fmt.Errorf("sync volume: %w", err)
+	}
+	if stats.Moved {
+		if err := s.store.CheckNotCondemned(ctx, tree, catalogOf(basis)); err != nil {
+			s.volume.Abandon(c)
+			s.took(moves) // the next one goes without
+			return res, fmt.Errorf("check snapshot %s: %w", tree.Ref.ID, err)
+		}
 	}
 	digest := s.db.state().digest
 	_, err = s.lease.Commit(ctx, basis, func(r *lease.Record) {
@@ -155,6 +163,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 		s.volume.Abandon(c)
 		return res, fmt.Errorf("commit snapshot %s: %w", tree.Ref.ID, err)
 	}
+	s.took(moves)
 	if err := s.volume.Adopt(c, tree); err != nil {
 		// The commit stands; only what we know of it is gone.
 		s.mu.Lock()

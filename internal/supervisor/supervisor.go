@@ -357,6 +357,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 	if s.termCancel != nil && (!o.Holding || o.Record.Term != s.term) {
 		s.termCancel()
 		s.termCancel, s.termCtx = nil, nil
+		go s.upkeep.keeper.Close() // may wait for the share
 		s.upkeep.keeper = nil
 		s.baseline, s.hasBase, s.safeUntil = "", false, 0
 	}

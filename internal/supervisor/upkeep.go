@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"dbsupervisor/internal/api"
 	"dbsupervisor/internal/boottime"
 	"dbsupervisor/internal/lease"
 	volsync "dbsupervisor/internal/sync"
@@ -103,7 +104,13 @@ func (s *Supervisor) upkeepOnce(base context.Context) {
 	if term != nil {
 		defer context.AfterFunc(term, cancel)()
 	}
-	if err := s.upkeepStep(ctx); err != nil && ctx.Err() == nil {
+	err := s.upkeepStep(ctx)
+	s.mu.Lock()
+	if s.job == ActNone {
+		s.progress = nil
+	}
+	s.mu.Unlock()
+	if err != nil && ctx.Err() == nil {
 		s.fail("upkeep of the store failed", err)
 		s.mu.Lock()
 		s.upkeep.retryAt = s.clock.Now().Add(upkeepRetry)
@@ -112,7 +119,62 @@ func (s *Supervisor) upkeepOnce(base context.Context) {
 }
 
 func (s *Supervisor) upkeepStep(ctx context.Context) error {
-	return s.sweep(ctx)
+	if err := s.sweep(ctx); err != nil {
+		return err
+	}
+	return s.compact(ctx)
+}
+
+// compact brings the live rest of packs that are mostly dead together.
+func (s *Supervisor) compact(ctx context.Context) error {
+	v := s.lease.View()
+	s.mu.Lock()
+	keeper, set, known := s.upkeep.keeper, s.set.Retention, s.hasBase
+	s.mu.Unlock()
+	if keeper == nil || !known || !v.Holding || v.Record.Head == nil {
+		return nil
+	}
+	head := s.volume.BaseTree()
+	if head == nil || head.Ref.ID != v.Record.Head.ID {
+		return nil
+	}
+	_, err := keeper.Compact(ctx, volsync.CompactRequest{
+		Head: head, Catalog: catalogOf(v.Record), Term: v.Record.Term, Below: set.CompactBelow,
+		Rate: int64(set.Rate), Progress: s.upkeepReport(),
+	})
+	return err
+}
+
+// moves are what compaction has ready for the next snapshot.
+func (s *Supervisor) moves() *volsync.Moves {
+	s.mu.Lock()
+	keeper := s.upkeep.keeper
+	s.mu.Unlock()
+	if keeper == nil {
+		return nil
+	}
+	return keeper.Moves()
+}
+
+// took tells compaction that they are committed.
+func (s *Supervisor) took(m *volsync.Moves) {
+	s.mu.Lock()
+	keeper := s.upkeep.keeper
+	s.mu.Unlock()
+	if keeper != nil {
+		keeper.Took(m)
+	}
+}
+
+// upkeepReport shows how far the upkeep has come while no job runs that has more to tell.
+func (s *Supervisor) upkeepReport() api.Report {
+	return func(p api.Progress) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.job == ActNone {
+			s.progress = &p
+		}
+	}
 }
 
 // sweep unlinks what has been condemned for the grace and what no reader's pin covers.

@@ -25,19 +25,29 @@ type Keeper struct {
 	clock boottime.Clock
 	pins  PinWatch
 
-	mu       stdsync.Mutex
-	catalog  CatalogRef
-	since    map[string]boottime.Instant // condemned files: when first seen so
-	gone     map[string]bool             // condemned files that have been removed
-	catalogs []string                    // committed before this one
-	spare    map[string]bool             // files that the next snapshot is going to refer to
-	listAt   boottime.Instant
-	listed   bool
+	mu        stdsync.Mutex
+	catalog   CatalogRef
+	since     map[string]boottime.Instant // condemned files: when first seen so
+	gone      map[string]bool             // condemned files that have been removed
+	known     []string                    // further files that are there: older catalogs, moved packs
+	spare     map[string]bool             // files that the next snapshot is going to refer to
+	ready     *Moves                      // complete, and not in any snapshot yet
+	taken     bool                        // the job's moves are in a snapshot
+	compacted int64                       // packs rewritten so far
+	listAt    boottime.Instant
+	listed    bool
+
+	working stdsync.Mutex // a Compact; guards what follows
+	job     *compaction
+	idle    CatalogRef                   // there was nothing to compact by this catalog
+	blocks  map[string]uint64            // of packs, by path
+	unions  map[string]map[string]uint64 // by snapshot and pack: blocks that it refers to
 }
 
 // NewKeeper makes a Keeper for one term.
 func (s *Store) NewKeeper() *Keeper {
-	return &Keeper{s: s, clock: s.cfg.Clock, since: map[string]boottime.Instant{}, gone: map[string]bool{}, spare: map[string]bool{}}
+	return &Keeper{s: s, clock: s.cfg.Clock, since: map[string]boottime.Instant{}, gone: map[string]bool{}, spare: map[string]bool{},
+		blocks: map[string]uint64{}, unions: map[string]map[string]uint64{}}
 }
 
 // Follow notes what a committed catalog condemns: the grace of a name counts from the first
@@ -69,10 +79,14 @@ func (k *Keeper) Follow(ctx context.Context, cat CatalogRef) error {
 		}
 	}
 	if k.catalog.Name != "" {
-		k.catalogs = append(k.catalogs, k.catalog.Name)
+		k.known = append(k.known, k.catalog.Name)
 	}
-	// Those that are condemned are in the catalog now.
-	k.catalogs = slices.DeleteFunc(k.catalogs, func(p string) bool { _, ok := since[p]; return ok })
+	// Those that are condemned or retained are in the catalog now.
+	retained := map[string]bool{}
+	for _, p := range c.packs {
+		retained[p.Path] = true
+	}
+	k.known = slices.DeleteFunc(k.known, func(p string) bool { _, ok := since[p]; return ok || retained[p] })
 	k.catalog, k.since, k.gone = cat, since, gone
 	return nil
 }
@@ -86,7 +100,7 @@ func (k *Keeper) Condemn(ctx context.Context, r CondemnRequest) (CatalogRef, Sum
 	k.mu.Lock()
 	now := k.clock.Now()
 	list := !k.listed || now >= k.listAt
-	scope := condemnScope{list: list, known: slices.Clone(k.catalogs), gone: maps.Clone(k.gone), spare: maps.Clone(k.spare)}
+	scope := condemnScope{list: list, known: slices.Clone(k.known), gone: maps.Clone(k.gone), spare: maps.Clone(k.spare)}
 	k.mu.Unlock()
 	ref, sum, err := k.s.condemn(ctx, r, scope)
 	if err != nil {

@@ -158,6 +158,14 @@ func (b *treeBuilder) finish() (*Tree, error) {
 	return t, nil
 }
 
+// liveOf is countLive, from memory where it is known.
+func liveOf(t *Tree) []uint64 {
+	if t.meta.known && len(t.meta.live) == len(t.Packs) {
+		return t.meta.live
+	}
+	return countLive(t)
+}
+
 // countLive counts the blocks that the tree refers to, per pack.
 func countLive(t *Tree) []uint64 {
 	live := make([]uint64, len(t.Packs))

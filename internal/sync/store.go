@@ -137,6 +137,10 @@ type WriteRequest struct {
 	Seq    uint64    // the head's plus one
 	Frozen time.Time // wall clock, for people
 	Writer string    // the instance, for people
+	// Moves are blocks that compaction has brought together; nil: none. They cost the
+	// snapshot only room in the manifest. Before the commit the tree must pass
+	// CheckNotCondemned.
+	Moves *Moves
 	// Limit is the most bytes per second that are written to packs; 0 means no limit.
 	Limit    int64
 	Progress Progress // may be nil
@@ -150,6 +154,7 @@ type WriteStats struct {
 	ManifestBytes int64
 	Packs         int
 	Full          bool // a full manifest, not a delta
+	Moved         bool // the tree refers to what WriteRequest.Moves brought
 }
 
 // RollbackRequest describes a new snapshot with the content of an older one.

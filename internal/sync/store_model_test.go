@@ -363,6 +363,7 @@ type storeHistory struct {
 	model  *storeModel
 	models map[string]*storeModel // by snapshot ID
 	term   uint64
+	moves  *Moves // what compaction has ready
 }
 
 func newStoreHistory(t testing.TB, s *Store, seed int64) *storeHistory {
@@ -396,7 +397,7 @@ func (h *storeHistory) write() (*Tree, WriteStats, error) {
 	}
 	d, src := h.model.diff(old, h.headRef(), h.r)
 	return h.s.Write(context.Background(), WriteRequest{Base: h.head, Delta: d, Blocks: src, Term: h.term,
-		Seq: h.seq(), Frozen: h.now, Writer: "alpha"})
+		Seq: h.seq(), Frozen: h.now, Writer: "alpha", Moves: h.moves})
 }
 
 func (h *storeHistory) commit(t *Tree) {

@@ -29,6 +29,7 @@ func TestStoreHistories(t *testing.T) {
 		policy := Policy{All: 20 * time.Minute, Hourly: 3 * time.Hour, Daily: 48 * time.Hour}
 		var pending *Tree // written on top of head, not committed yet
 		var pendingModel *storeModel
+		k := h.s.NewKeeper()
 		later := func() {
 			d := rapid.SampledFrom([]time.Duration{time.Minute, time.Minute, 30 * time.Minute, 5 * time.Hour, -time.Hour}).Draw(rt, "later")
 			h.now = h.now.Add(d)
@@ -44,11 +45,26 @@ func TestStoreHistories(t *testing.T) {
 				discard()
 				later()
 				h.model.mutate(h.r, rapid.IntRange(0, 15).Draw(rt, "changes"))
+				h.moves = k.Moves()
 				tree, _, err := h.write()
 				if err != nil {
 					rt.Fatal(err)
 				}
+				if err := h.s.CheckNotCondemned(ctx, tree, h.cat); err != nil {
+					rt.Fatalf("a moved pack was condemned: %v", err)
+				}
 				h.commit(tree)
+				k.Took(h.moves)
+				h.moves = nil
+			},
+			"compact": func(rt *rapid.T) {
+				if h.head == nil {
+					rt.Skip("no head")
+				}
+				if _, err := k.Compact(ctx, CompactRequest{Head: h.head, Catalog: h.cat, Term: h.term,
+					Below: rapid.IntRange(20, 101).Draw(rt, "below")}); err != nil {
+					rt.Fatal(err)
+				}
 			},
 			"begin": func(rt *rapid.T) {
 				if h.head == nil {
@@ -76,6 +92,8 @@ func TestStoreHistories(t *testing.T) {
 			"takeover": func(*rapid.T) {
 				discard()
 				h.term++
+				k.Close()
+				k = h.s.NewKeeper()
 			},
 			"condemn": func(rt *rapid.T) {
 				if h.head == nil {
@@ -85,7 +103,8 @@ func TestStoreHistories(t *testing.T) {
 				if err != nil {
 					rt.Fatal(err)
 				}
-				cat, sum, err := h.s.Condemn(ctx, h.head.Ref, h.cat, policy, h.now, h.term)
+				k.listed = k.listed && rapid.Bool().Draw(rt, "from memory")
+				cat, sum, err := k.Condemn(ctx, CondemnRequest{Head: h.head.Ref, Catalog: h.cat, Policy: policy, Now: h.now, Term: h.term})
 				if err != nil {
 					rt.Fatal(err)
 				}
@@ -111,7 +130,7 @@ func TestStoreHistories(t *testing.T) {
 				}
 			},
 			"sweep": func(rt *rapid.T) {
-				if _, err := h.s.Sweep(ctx, h.cat); err != nil {
+				if _, err := k.Sweep(ctx, h.cat, 0); err != nil {
 					rt.Fatal(err)
 				}
 			},

@@ -35,6 +35,15 @@ func (s *Store) Write(ctx context.Context, r WriteRequest) (*Tree, WriteStats, e
 	if err != nil {
 		return nil, stats, fmt.Errorf("write snapshot: %w: %w", ErrBadDelta, err)
 	}
+	own := len(change.packs)
+	moved := false
+	if r.Moves != nil && r.Base != nil {
+		removed := make(map[FileID]bool, len(change.removed))
+		for _, id := range change.removed {
+			removed[id] = true
+		}
+		moved = r.Moves.apply(r.Base, change, removed)
+	}
 	b := buildFrom(r.Base)
 	if err := b.apply(change); err != nil {
 		return nil, stats, fmt.Errorf("write snapshot: %w: %w", ErrBadDelta, err)
@@ -47,9 +56,9 @@ func (s *Store) Write(ctx context.Context, r WriteRequest) (*Tree, WriteStats, e
 	var created createdFiles
 	packs, err := s.shipPacks(ctx, ship, name, &r, &created)
 	if err == nil {
-		copy(t.Packs[len(t.Packs)-len(packs):], packs)
-		change.packs = packs
-		stats = WriteStats{Blocks: ship.total, ChangedBytes: int64(ship.total) * BlockSize, Packs: len(packs)}
+		copy(t.Packs[len(t.Packs)-len(change.packs):], packs)
+		copy(change.packs[:own], packs)
+		stats = WriteStats{Blocks: ship.total, ChangedBytes: int64(ship.total) * BlockSize, Packs: len(packs), Moved: moved}
 		for _, p := range packs {
 			stats.StoredBytes += p.Size
 		}
@@ -109,7 +118,7 @@ func (s *Store) CheckNotCondemned(ctx context.Context, t *Tree, cat CatalogRef) 
 	for _, p := range c.condemned {
 		gone[p] = true
 	}
-	live := countLive(t)
+	live := liveOf(t)
 	for i, p := range t.Packs {
 		if live[i] > 0 && gone[p.Path] {
 			return &ObjectError{Path: p.Path, Kind: ErrCondemned}
