@@ -107,7 +107,7 @@ func (s *Supervisor) upkeepOnce(base context.Context) {
 	err := s.upkeepStep(ctx)
 	s.mu.Lock()
 	if s.job == ActNone {
-		s.progress = nil
+		s.progress.clear()
 	}
 	s.mu.Unlock()
 	if err != nil && ctx.Err() == nil {
@@ -172,7 +172,7 @@ func (s *Supervisor) upkeepReport() api.Report {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.job == ActNone {
-			s.progress = &p
+			s.progress.set(p)
 		}
 	}
 }
