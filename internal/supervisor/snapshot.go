@@ -230,7 +230,11 @@ func (s *Supervisor) handoff(ctx context.Context) error {
 		if err := s.learnIfNeeded(ctx, v); err != nil {
 			return s.cancelHandoff(ctx, err)
 		}
-		if _, err := s.snapshot(ctx, false); err != nil {
+		_, err := s.snapshot(ctx, false)
+		if errors.Is(err, volsync.ErrFreezeTooLong) {
+			// The one after the stop needs no freeze: it only takes longer.
+			s.log.Warn("no snapshot before the stop, writes will wait longer", "error", err)
+		} else if err != nil {
 			return s.cancelHandoff(ctx, err)
 		}
 		if err := s.db.stop(ctx); err != nil {
