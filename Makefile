@@ -22,7 +22,7 @@ TMPFILESDIR  ?= $(SYSCONFDIR)/tmpfiles.d
 EXAMPLE      := internal/config/example.yaml
 DIST         := dbsupervisor-$(VERSION)-linux-$(shell go env GOARCH)
 
-.PHONY: build test test-short test-nfs test-kernel unit integration vet lint model demo soak bench \
+.PHONY: build test test-short test-nfs test-kernel unit integration vet lint model demo soak bench bench-sync bench-sync-full \
 	install install-files uninstall dist clean tools docker image
 
 build: build/dbsupervisor
@@ -103,6 +103,13 @@ bpf:
 
 bench: image build
 	@scripts/bench.sh $(ARGS)
+
+# Quick: 3 GiB. Full: also growth from 3 to 30 GiB, which needs 90 GiB of disk.
+bench-sync: image build
+	@scripts/bench-sync.sh $(ARGS)
+
+bench-sync-full: image build
+	@scripts/bench-sync.sh -full $(ARGS)
 
 install: build install-files
 	install -D -m 0755 build/dbsupervisor $(DESTDIR)$(PREFIX)/bin/dbsupervisor

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the make targets need from Debian packages; says nothing when all is there.
-#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration lint bpf qemu nfs
+#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration peers lint bpf qemu nfs
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -34,6 +34,11 @@ for group in "$@"; do
 	bpf) # make bpf alone; what it makes is committed
 		want clang clang
 		want llvm-strip llvm ;;
+	peers) # what the sync engine is measured beside
+		want rsync rsync
+		want rclone rclone
+		want restic restic
+		want borg borgbackup ;;
 	lint)
 		want shellcheck shellcheck ;;
 	qemu)

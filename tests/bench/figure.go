@@ -12,8 +12,24 @@ type figure struct {
 	samples []float64
 	// tail says that the figure is a distribution: its p99 matters as much as its median.
 	tail bool
-	// goal is what the highest sample must not exceed; nil where nothing is asked for.
-	goal *float64
+	// goal is what the highest sample must not exceed, or what the lowest must reach if least
+	// is set; nil where nothing is asked for.
+	goal  *float64
+	least bool
+}
+
+// atMost sets a goal.
+func (f *figure) atMost(v float64) { f.goal = &v }
+
+// atLeast sets a goal that is better exceeded.
+func (f *figure) atLeast(v float64) { f.goal, f.least = &v, true }
+
+// reaches says whether a value meets the goal.
+func (f *figure) reaches(v float64) bool {
+	if f.least {
+		return v >= *f.goal
+	}
+	return v <= *f.goal
 }
 
 // row is one line of build/bench/NAME.json.
@@ -34,7 +50,7 @@ func (f *figure) rows() []row {
 	line := func(suffix string, v float64, unit string, goal *float64) row {
 		r := row{What: f.what + suffix, Value: round(v), Unit: unit, Goal: goal}
 		if goal != nil {
-			met := v <= *goal
+			met := f.reaches(v)
 			r.Met = &met
 		}
 		return r
@@ -48,9 +64,13 @@ func (f *figure) rows() []row {
 	} else {
 		out = append(out, line("", f.median(), f.unit, f.goal))
 	}
+	low, high := (*float64)(nil), f.goal
+	if f.least {
+		low, high = high, low
+	}
 	return append(out,
-		line(", lowest", f.lowest(), f.unit, nil),
-		line(", highest", f.highest(), f.unit, f.goal),
+		line(", lowest", f.lowest(), f.unit, low),
+		line(", highest", f.highest(), f.unit, high),
 		line(", samples", float64(len(f.samples)), "", nil))
 }
 
@@ -59,7 +79,7 @@ func (f *figure) met() *bool {
 	if f.goal == nil || len(f.samples) == 0 {
 		return nil
 	}
-	ok := f.highest() <= *f.goal
+	ok := f.reaches(f.highest()) && f.reaches(f.lowest())
 	return &ok
 }
 
@@ -113,6 +133,16 @@ func (s *section) add(what, unit string, v float64) *figure {
 	f := &figure{what: what, unit: unit, samples: []float64{v}}
 	s.figures = append(s.figures, f)
 	return f
+}
+
+// find returns a figure, nil without one.
+func (s *section) find(what string) *figure {
+	for _, f := range s.figures {
+		if f.what == what {
+			return f
+		}
+	}
+	return nil
 }
 
 // addTail is add for a figure whose p99 matters.

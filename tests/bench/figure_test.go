@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -87,6 +89,73 @@ func TestSavedRows(t *testing.T) {
 	}
 	if !strings.Contains(b.String(), "at most 15") || !strings.Contains(b.String(), "NO") {
 		t.Errorf("the table hides a missed goal:\n%s", b.String())
+	}
+}
+
+func TestGoalThatIsBetterExceeded(t *testing.T) {
+	s := &section{name: "x", machine: newMachine()}
+	for _, v := range []float64{11, 9} {
+		s.add("ratio", "", v).atLeast(10)
+	}
+	f := s.find("ratio")
+	if met := f.met(); met == nil || *met {
+		t.Error("a sample below the goal was overlooked")
+	}
+	f.samples = f.samples[:1]
+	if met := f.met(); met == nil || !*met {
+		t.Error("a sample above the goal does not meet it")
+	}
+	if c := f.cells(); c[7] != "at least 10" || c[8] != "yes" {
+		t.Errorf("%q", c)
+	}
+}
+
+func TestInterval(t *testing.T) {
+	mean, half := interval([]float64{96, 98, 100, 102, 104})
+	if math.Abs(mean-100) > 1e-9 || math.Abs(half-2.776*math.Sqrt(10)/math.Sqrt(5)) > 1e-9 {
+		t.Errorf("%v +- %v", mean, half)
+	}
+}
+
+func TestDiffer(t *testing.T) {
+	dir, older := t.TempDir(), t.TempDir()
+	write := func(dir, name string, data []byte) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data := make([]byte, 100*page+5)
+	write(older, "same", data)
+	write(dir, "same", data)
+	write(older, "changed", data)
+	data[70*page] = 1
+	data[100*page+4] = 1
+	write(dir, "changed", data)
+	write(older, "longer", data[:page])
+	write(dir, "longer", data[:page+1])
+	write(dir, "new", data[:2*page])
+	if n, err := differ(t.Context(), dir, older); err != nil || n != 5 {
+		t.Errorf("%d pages, %v", n, err)
+	}
+}
+
+func TestWriteMarkdownReplacesItsPartOnly(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "page.md")
+	part := func(text string) func(io.Writer) {
+		return func(w io.Writer) { _, _ = io.WriteString(w, text) }
+	}
+	for _, c := range [][2]string{{"a", "first\n"}, {"b", "second\n"}, {"a", "third\n"}} {
+		if err := writeMarkdown(path, c[0], part(c[1]), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "<!-- begin a -->\nthird\n<!-- end a -->\n<!-- begin b -->\nsecond\n<!-- end b -->\n"; string(got) != want {
+		t.Errorf("%s", got)
 	}
 }
 

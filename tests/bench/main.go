@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -36,11 +37,25 @@ type options struct {
 	restores               int
 	every                  time.Duration // schedule of the last two
 	ttl                    time.Duration
+
+	sync, full  bool // the sync engine beside other tools instead of all that
+	scale       int  // of its pgbench
+	files       int  // of the volume on which freezes are measured
+	freezeCount int
 }
 
 func main() {
 	if code, asked := efssim.ServeIfAsked(); asked {
 		os.Exit(code)
+	}
+	for _, serve := range []func() (bool, error){workIfAsked, writeIfAsked} {
+		if asked, err := serve(); asked {
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "bench:", err)
+				os.Exit(1)
+			}
+			return
+		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:])
@@ -73,6 +88,11 @@ func parse(args []string) (options, error) {
 	fs.DurationVar(&o.bench, "pgbench", 20*time.Second, "length of one pgbench run")
 	fs.IntVar(&o.takeovers, "takeovers", 3, "how many times a primary is killed")
 	fs.IntVar(&o.restores, "restores", 3, "restores of one snapshot")
+	fs.BoolVar(&o.sync, "sync", false, "measure the sync engine beside rsync, rclone, restic and borg instead")
+	fs.BoolVar(&o.full, "full", false, "with -sync: growth from 3 to 30 GiB")
+	fs.IntVar(&o.scale, "scale", 200, "with -sync: pgbench's scale, 16 MiB each")
+	fs.IntVar(&o.files, "files", 50000, "with -sync: files of the volume on which freezes are measured")
+	fs.IntVar(&o.freezeCount, "freezes", 500, "with -sync: how many freezes")
 	o.every, o.ttl, o.dirty = 5*time.Second, 10*time.Second, []int64{1, 16, 128}
 	if err := fs.Parse(args); err != nil {
 		return o, err
@@ -97,6 +117,17 @@ func parse(args []string) (options, error) {
 		set("restores", "2")
 		o.dirty = []int64{1, 4, 16}
 	}
+	if o.sync {
+		given := map[string]bool{}
+		fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+		if !given["pairs"] {
+			o.pairs = 10
+		}
+		if !given["pgbench"] {
+			o.bench = 5 * time.Second
+		}
+		return o, o.checkSync()
+	}
 	if most := o.dirty[len(o.dirty)-1]; o.volume < 4*most {
 		return o, fmt.Errorf("-volume %d is too small: %d MiB of it are dirtied", o.volume, most)
 	}
@@ -111,6 +142,22 @@ func (o options) check() error {
 	}
 	if o.reps < 1 || o.pairs < 1 || o.takeovers < 1 || o.restores < 1 {
 		return errors.New("-reps, -pairs, -takeovers and -restores must be at least 1")
+	}
+	return nil
+}
+
+func (o options) checkSync() error {
+	var known []string
+	for _, p := range syncParts() {
+		known = append(known, p.name)
+	}
+	for _, n := range strings.Split(o.only, ",") {
+		if n != "" && !slices.Contains(known, n) {
+			return fmt.Errorf("-only %s: there are %s", n, strings.Join(known, ", "))
+		}
+	}
+	if o.scale < 1 || o.files < 2048 || o.freezeCount < 1 || o.pairs < 1 {
+		return errors.New("-scale, -freezes and -pairs must be at least 1, -files at least 2048")
 	}
 	return nil
 }
@@ -136,6 +183,15 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	began := time.Now()
+	if o.sync {
+		ss, machine, err := runSync(ctx, o)
+		h := header{command: strings.Join(append([]string{"scripts/bench-sync.sh"}, shown(args)...), " "), version: firstLine(string(version)),
+			machine: machine, options: o, at: began, took: time.Since(began)}
+		if err == nil && o.md != "" {
+			err = writeMarkdown(o.md, "bench-sync", h.syncMarkdown, ss)
+		}
+		return err
+	}
 	r, err := newRig(ctx, o, began)
 	if err != nil {
 		return err
@@ -153,7 +209,7 @@ func run(ctx context.Context, args []string) error {
 	if o.md == "" {
 		return nil
 	}
-	return writeMarkdown(o.md, h, ss)
+	return writeMarkdown(o.md, "bench", h.markdown, ss)
 }
 
 // shown leaves out what scripts/bench.sh adds by itself.

@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -26,7 +28,7 @@ func (f *figure) cells() []string {
 		c[3], c[4] = number(f.lowest()), number(f.highest())
 	}
 	if met := f.met(); met != nil {
-		c[7] = "at most " + number(*f.goal)
+		c[7] = map[bool]string{false: "at most ", true: "at least "}[f.least] + number(*f.goal)
 		c[8] = map[bool]string{true: "yes", false: "NO"}[*met]
 	}
 	return c
@@ -60,22 +62,30 @@ func (s *section) markdown(w io.Writer) {
 }
 
 // save writes DIR/NAME.json: one row per line, so that two runs can be compared with diff.
-func (s *section) save(dir string) error {
+func (s *section) save(dir string) error { return saveAll(dir, s.name, []*section{s}) }
+
+// saveAll writes the rows of several sections to one file.
+func saveAll(dir, name string, ss []*section) error {
 	var b strings.Builder
 	b.WriteString("[")
 	sep := "\n  "
-	for _, f := range s.all() {
-		for _, r := range f.rows() {
-			line, err := json.Marshal(r)
-			if err != nil {
-				return fmt.Errorf("encode %s: %w", r.What, err)
+	for _, s := range ss {
+		for _, f := range s.all() {
+			for _, r := range f.rows() {
+				if len(ss) > 1 {
+					r.What = s.name + ": " + r.What
+				}
+				line, err := json.Marshal(r)
+				if err != nil {
+					return fmt.Errorf("encode %s: %w", r.What, err)
+				}
+				b.WriteString(sep + string(line))
+				sep = ",\n  "
 			}
-			b.WriteString(sep + string(line))
-			sep = ",\n  "
 		}
 	}
 	b.WriteString("\n]\n")
-	return os.WriteFile(filepath.Join(dir, s.name+".json"), []byte(b.String()), 0o644)
+	return os.WriteFile(filepath.Join(dir, name+".json"), []byte(b.String()), 0o644)
 }
 
 // header is what a reader must know to judge the numbers.
@@ -117,12 +127,42 @@ func where(o options) string {
 	return "the same local disk"
 }
 
-// writeMarkdown writes the whole page.
-func writeMarkdown(path string, h header, ss []*section) error {
+// syncMarkdown is the header of the sync engine's tables.
+func (h header) syncMarkdown(w io.Writer) {
+	fmt.Fprintf(w, `# The sync engine beside other tools
+
+Printed by
+
+    %s
+
+on %s in %s; version %s; %s.
+
+All shares are simulated (docs/EFSSIM.md): counts of operations and bytes are those of an NFSv4.1
+client of EFS and do not depend on this machine; times do. Columns as below. "make bench-sync"
+writes the same as build/bench/sync.json.
+`, h.command, h.at.UTC().Format("2006-01-02 15:04 MST"), h.took.Round(time.Second), h.version, h.machine)
+	if h.options.scale != 200 {
+		fmt.Fprintf(w, "\n**A run at scale %d instead of 200.**\n", h.options.scale)
+	}
+}
+
+// writeMarkdown replaces one part of a page: what is between the comments with its name. A
+// part that the page does not have yet comes last.
+func writeMarkdown(path, part string, head func(io.Writer), ss []*section) error {
 	var b strings.Builder
-	h.markdown(&b)
+	head(&b)
 	for _, s := range ss {
 		s.markdown(&b)
 	}
-	return os.WriteFile(path, []byte(b.String()), 0o644)
+	begin, end := "<!-- begin "+part+" -->\n", "<!-- end "+part+" -->\n"
+	old, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	before, rest, found := strings.Cut(string(old), begin)
+	_, after, whole := strings.Cut(rest, end)
+	if found != whole {
+		return fmt.Errorf("write %s: the part %s does not end", path, part)
+	}
+	return os.WriteFile(path, []byte(before+begin+b.String()+end+after), 0o644)
 }
