@@ -29,6 +29,8 @@ for group in "$@"; do
 	integration)
 		want nft nftables
 		want mkfs.xfs xfsprogs
+		want mkfs.btrfs btrfs-progs
+		want mkfs.ext4 e2fsprogs
 		want losetup mount
 		want ip iproute2 ;;
 	bpf) # make bpf alone; what it makes is committed

@@ -28,7 +28,7 @@ func (a *applier) stageBlocks(ctx context.Context, s *Store, sp *spool) error {
 			wants = append(wants, Want{Pack: e.Pack, Block: e.PackBlock, Count: e.Count, At: slot})
 		}
 	}
-	return s.readFrames(ctx, a.tree, wants, a.foots, "fetching", func(wants []Want, data []byte, first uint64) error {
+	return s.readFrames(ctx, a.tree, wants, readOptions{known: a.foots, phase: "fetching", progress: a.progress}, func(wants []Want, data []byte, first uint64) error {
 		for _, w := range wants {
 			if err := a.step("stage-write", "spool"); err != nil {
 				return err
@@ -38,7 +38,7 @@ func (a *applier) stageBlocks(ctx context.Context, s *Store, sp *spool) error {
 			}
 		}
 		return nil
-	}, a.progress)
+	})
 }
 
 // applyStaged writes the files from the spool.
@@ -112,7 +112,7 @@ func (a *applier) applyDirect(ctx context.Context, s *Store) error {
 			}
 		}
 	}
-	return s.readFrames(ctx, a.tree, wants, a.foots, "", a.writeFrame, nil)
+	return s.readFrames(ctx, a.tree, wants, readOptions{known: a.foots, goOn: !a.forget}, a.writeFrame)
 }
 
 // writeFrame puts the blocks of one frame into their files.

@@ -3,6 +3,7 @@ package sync
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"sort"
 	stdsync "sync"
@@ -84,13 +85,27 @@ type readRun struct {
 // and as many as there are CPUs check, expand and hand on.
 type fetcher struct {
 	s     *Store
-	known *footers // may be nil
+	opts  readOptions
 	sink  func(wants []Want, data []byte, first uint64) error
 	runs  chan *packRun
 	bufs  chan []byte // a fixed number of buffers, which bounds the memory
 	ready chan frameOf
 
-	mu stdsync.Mutex
+	mu  stdsync.Mutex
+	bad error // the first file that is missing or damaged, if the rest is wanted all the same
+}
+
+// survive keeps the error of a bad file for the end where the rest is wanted.
+func (f *fetcher) survive(err error) error {
+	if !f.opts.goOn || !errors.Is(err, ErrMissing) && !errors.Is(err, ErrDamaged) {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.bad == nil {
+		f.bad = err
+	}
+	return nil
 }
 
 type frameOf struct {
@@ -107,9 +122,9 @@ type packWants struct {
 // fetch reads the frames that the wants need, each once, and hands each to sink with the
 // wants that it holds, cut at its borders; data are its blocks, of which the first has the
 // number first in its pack. Sink is called concurrently.
-func (s *Store) fetch(ctx context.Context, packs []packWants, known *footers, sink func(wants []Want, data []byte, first uint64) error) error {
+func (s *Store) fetch(ctx context.Context, packs []packWants, opts readOptions, sink func(wants []Want, data []byte, first uint64) error) error {
 	g, ctx := errgroup.WithContext(ctx)
-	f := &fetcher{s: s, known: known, sink: sink, runs: make(chan *packRun), ready: make(chan frameOf, 2*s.cfg.Workers)}
+	f := &fetcher{s: s, opts: opts, sink: sink, runs: make(chan *packRun), ready: make(chan frameOf, 2*s.cfg.Workers)}
 	f.bufs = make(chan []byte, fetchReaders+s.cfg.Workers)
 	for range cap(f.bufs) {
 		f.bufs <- nil // made when first used
@@ -136,7 +151,7 @@ func (s *Store) fetch(ctx context.Context, packs []packWants, known *footers, si
 	}
 	stage(min(s.openers(), max(len(packs), 1)), func() { close(f.runs) }, func() error {
 		for p := range todo {
-			if err := f.plan(ctx, p); err != nil {
+			if err := f.survive(f.plan(ctx, p)); err != nil {
 				return err
 			}
 		}
@@ -144,7 +159,10 @@ func (s *Store) fetch(ctx context.Context, packs []packWants, known *footers, si
 	})
 	stage(fetchReaders, func() { close(f.ready) }, func() error { return f.read(ctx) })
 	stage(max(s.cfg.Workers, 1), func() {}, func() error { return f.check(ctx) })
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return f.bad
 }
 
 // plan opens a pack, queues its reads and waits until they are done.
@@ -182,8 +200,8 @@ func (f *fetcher) plan(ctx context.Context, pw packWants) error {
 }
 
 func (f *fetcher) open(ref PackRef) (*packReader, error) {
-	if f.known != nil {
-		if foot := f.known.get(ref); foot != nil {
+	if f.opts.known != nil {
+		if foot := f.opts.known.get(ref); foot != nil {
 			file, err := f.s.cfg.FS.Open(f.s.path(ref.Path))
 			if err != nil {
 				return nil, openError(ref.Path, err)
@@ -228,7 +246,11 @@ func (f *fetcher) read(ctx context.Context) error {
 		err := readAt(r.pack.file, run.buf, r.off)
 		r.done.Done()
 		if isDamage(err) {
-			return damaged(r.pack.path, "%v", err)
+			f.bufs <- run.buf
+			if err := f.survive(damaged(r.pack.path, "%v", err)); err != nil {
+				return err
+			}
+			continue
 		}
 		if err != nil {
 			return fmt.Errorf("read %s: %w", r.pack.path, err)
@@ -257,10 +279,10 @@ func (f *fetcher) check(ctx context.Context) error {
 			raw = make([]byte, 0, frameMaxBytes)
 		}
 		data, err := f.s.expandFrame(fo.run.pack, fo.job.frame, raw, stored)
-		if err != nil {
-			return err
+		if err == nil {
+			err = f.sink(fo.job.wants, data, fr.first)
 		}
-		if err := f.sink(fo.job.wants, data, fr.first); err != nil {
+		if err := f.survive(err); err != nil {
 			return err
 		}
 		f.mu.Lock()

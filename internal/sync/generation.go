@@ -169,6 +169,9 @@ func (v *Volume) prepared(ctx context.Context, a *applier) error {
 	if err != nil {
 		return err
 	}
+	if v.State().Spare.Cloned {
+		trimClones(a.root)
+	}
 	v.keepSpare = true
 	v.logIndexOf(v.State().Spare.Copy, idx, rec)
 	v.keepSpare = false

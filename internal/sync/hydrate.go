@@ -98,6 +98,7 @@ func (v *Volume) inPlace(ctx context.Context, s *Store, tree *Tree, p Progress) 
 	a.root, a.stage = v.Path(), v.stageDir()
 	if st.Phase == PhaseClean {
 		a.base, a.baseIdx, a.idx = v.localBase(ctx, s, st.Base)
+		a.idxAt = st.Base.Hash
 	} else {
 		a.idx = v.half
 		donors, err := v.donors()

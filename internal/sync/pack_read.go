@@ -177,7 +177,7 @@ func (s *Store) openers() int { return min(4*s.cfg.Workers, 16) }
 // only. Sink is called concurrently and in any order; its error ends the Read. When a file
 // is missing or damaged, what was delivered before is good all the same.
 func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Want, data []byte) error, p Progress) error {
-	return s.readFrames(ctx, t, wants, nil, "reading", func(wants []Want, data []byte, first uint64) error {
+	return s.readFrames(ctx, t, wants, readOptions{phase: "reading", progress: p}, func(wants []Want, data []byte, first uint64) error {
 		for _, w := range wants {
 			from := (w.Block - first) * BlockSize
 			if err := sink(w, data[from:from+w.Count*BlockSize]); err != nil {
@@ -185,12 +185,19 @@ func (s *Store) Read(ctx context.Context, t *Tree, wants []Want, sink func(w Wan
 			}
 		}
 		return nil
-	}, p)
+	})
 }
 
-// readFrames is Read for a sink that takes all wants of a frame at once, and for a reader
-// that may know some footers already.
-func (s *Store) readFrames(ctx context.Context, t *Tree, wants []Want, known *footers, phase string, sink func(wants []Want, data []byte, first uint64) error, p Progress) error {
+// readOptions are what readFrames is asked for beside the blocks.
+type readOptions struct {
+	known    *footers // footers that have been read already; may be nil
+	goOn     bool     // deliver what is good before an error says that something is missing or damaged
+	phase    string
+	progress Progress // may be nil
+}
+
+// readFrames is Read for a sink that takes all wants of a frame at once.
+func (s *Store) readFrames(ctx context.Context, t *Tree, wants []Want, opts readOptions, sink func(wants []Want, data []byte, first uint64) error) error {
 	wants = slices.Clone(wants)
 	slices.SortFunc(wants, func(a, b Want) int {
 		return cmp.Or(cmp.Compare(a.Pack, b.Pack), cmp.Compare(a.Block, b.Block))
@@ -212,7 +219,7 @@ func (s *Store) readFrames(ctx context.Context, t *Tree, wants []Want, known *fo
 		i = j
 	}
 	var done atomic.Int64
-	err := s.fetch(ctx, packs, known, func(wants []Want, data []byte, first uint64) error {
+	err := s.fetch(ctx, packs, opts, func(wants []Want, data []byte, first uint64) error {
 		if err := sink(wants, data, first); err != nil {
 			return err
 		}
@@ -220,8 +227,8 @@ func (s *Store) readFrames(ctx context.Context, t *Tree, wants []Want, known *fo
 		for _, w := range wants {
 			n += int64(w.Count) * BlockSize
 		}
-		if n = done.Add(n); p != nil {
-			p.Set(phase, n, total)
+		if n = done.Add(n); opts.progress != nil {
+			opts.progress.Set(opts.phase, n, total)
 		}
 		return nil
 	})

@@ -19,6 +19,7 @@ type volWorld struct {
 	t    *rapid.T
 	root string
 	n    int
+	rich bool // with what not every file system has
 }
 
 // list returns what is there, by kind, sorted.
@@ -81,6 +82,9 @@ func (w *volWorld) step() {
 	if len(files) > 0 {
 		ops = append(ops, "write", "write", "write", "write", "zeros", "truncate", "regrow", "rename", "renameover", "link",
 			"punch", "fallocate", "remove", "recreate", "xattr", "unxattr", "chmod", "chown", "utimes", "samewrite", "filetodir")
+	}
+	if len(files) > 0 && w.rich {
+		ops = append(ops, "movehole", "movehole", "collapse", "insert", "zerorange", "acl", "bigxattr", "clonerange", "emptied", "emptied", "suid")
 	}
 	if len(dirs) > 1 {
 		ops = append(ops, "dirrename", "rmdir")
@@ -167,6 +171,52 @@ func (w *volWorld) step() {
 		w.must(os.Remove(f))
 		w.must(os.Mkdir(f, 0o700))
 		w.open(filepath.Join(f, "in"), func(h *os.File) error { _, err := h.Write([]byte("inside")); return err })
+	case "movehole": // where there was a hole there is data, and the other way round
+		at := rapid.Int64Range(0, 12).Draw(w.t, "at") * BlockSize
+		w.open(file(), func(f *os.File) error {
+			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, 2*BlockSize); err != nil {
+				return err
+			}
+			_, err := f.WriteAt(volData(byte(at>>13), BlockSize), at+3*BlockSize)
+			return err
+		})
+	case "collapse", "insert", "zerorange":
+		mode := map[string]uint32{"collapse": unix.FALLOC_FL_COLLAPSE_RANGE, "insert": unix.FALLOC_FL_INSERT_RANGE, "zerorange": unix.FALLOC_FL_ZERO_RANGE}[op]
+		at := rapid.Int64Range(0, 12).Draw(w.t, "at") * 4096
+		w.open(file(), func(f *os.File) error {
+			_ = unix.Fallocate(int(f.Fd()), mode, at, 4096) // not everywhere, and not behind the end
+			return nil
+		})
+	case "acl":
+		// user::rwx user:1000:r-- group::r-x mask::r-x other::---
+		acl := "\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x02\x00\x04\x00\xe8\x03\x00\x00\x04\x00\x05\x00\xff\xff\xff\xff\x10\x00\x05\x00\xff\xff\xff\xff\x20\x00\x00\x00\xff\xff\xff\xff"
+		w.must(unix.Setxattr(file(), "system.posix_acl_access", []byte(acl), 0))
+		w.must(unix.Setxattr(w.pick("dir", dirs), "system.posix_acl_default", []byte(acl), 0))
+	case "bigxattr": // as large as the file system takes it
+		f := file()
+		for n := 64 << 10; n > 64 && unix.Setxattr(f, "user.big", volData(byte(w.n), n), 0) != nil; {
+			n /= 2
+		}
+	case "clonerange": // shared extents inside the volume, where there are any
+		from, to := file(), file()
+		w.open(to, func(f *os.File) error {
+			src, err := os.Open(from)
+			if err != nil {
+				return err
+			}
+			defer src.Close()
+			_ = unix.IoctlFileClone(int(f.Fd()), int(src.Fd()))
+			return nil
+		})
+	case "emptied":
+		f := file()
+		w.must(os.Truncate(f, 0))
+		w.must(os.Truncate(f, w.size()))
+		w.open(f, func(h *os.File) error { _, err := h.WriteAt([]byte("again"), w.size()); return err })
+	case "suid":
+		f := file()
+		w.must(os.Chown(f, 1000, 2000))
+		w.must(unix.Chmod(f, 0o6751))
 	case "dirrename":
 		from, to := w.pick("from", dirs[1:]), w.fresh(dirs)
 		if len(to) > len(from) && to[:len(from)+1] == from+"/" {
