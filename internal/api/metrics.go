@@ -105,6 +105,13 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 			gauge("progress_remaining_seconds", "How long the work under way still takes at that rate.", *r, "phase", p.Phase)
 		}
 	}
+	gauge("store_condemned_files", "Files of the store that wait to be deleted.", float64(s.Upkeep.CondemnedFiles))
+	counter("store_compacted_packs_total", "Packs whose live blocks were brought together in this term.", float64(s.Upkeep.CompactedPacks))
+	gauge("store_check_files", "Files of the store that this instance knows of.", float64(s.Upkeep.CheckFiles))
+	gauge("store_checked_files", "Of them, files that this instance has verified at least once.", float64(s.Upkeep.CheckedFiles))
+	gauge("store_oldest_check_seconds", "Time since the file was verified, or first seen, that waits longest.", s.Upkeep.OldestCheckSeconds)
+	counter("store_checked_bytes_total", "Bytes of the store that were read to verify it since the agent started.", float64(s.Upkeep.CheckedBytes))
+	gauge("store_damaged_files", "Files of the store that verification found damaged or missing.", float64(len(s.Upkeep.Damaged)))
 	gauge("local_behind_snapshots", "Snapshots that the local copy is behind the newest.", float64(s.Local.BehindSnapshots))
 	gauge("local_behind_bytes", "Bytes that the local copy is behind the newest snapshot, as far as known.", float64(s.Local.BehindBytes))
 	if f := s.Local.FreeBytes; f != nil {

@@ -63,6 +63,7 @@ type Status struct {
 	Local     Local     `json:"local"`
 	Database  Database  `json:"database"`
 	Sync      Sync      `json:"sync"`
+	Upkeep    Upkeep    `json:"upkeep"`
 	Forks     []Fork    `json:"forks"`
 	LastError *Problem  `json:"last_error"`
 	Gate      Gate      `json:"gate"`
@@ -160,6 +161,26 @@ type Sync struct {
 	FreezeAborts int64 `json:"freeze_aborts"`
 	// PredictedFreezeMS is how long the next freeze is expected to last; null when not known.
 	PredictedFreezeMS *float64 `json:"predicted_freeze_ms,omitempty"`
+}
+
+// Upkeep is what is done to keep the store of snapshots small and whole.
+type Upkeep struct {
+	// CondemnedFiles wait for their grace, or for a reader, to be deleted. Of the holder.
+	CondemnedFiles int `json:"condemned_files"`
+	// CompactedPacks are packs whose live blocks were brought together in this term.
+	CompactedPacks int64 `json:"compacted_packs"`
+	// Checking says that this instance is the one that verifies the store now.
+	Checking bool `json:"checking"`
+	// CheckFiles are the files of the store that this instance knows of, CheckedFiles those
+	// of them that it has verified at least once.
+	CheckFiles   int `json:"check_files"`
+	CheckedFiles int `json:"checked_files"`
+	// OldestCheckSeconds is how long the file has waited that waits longest, since it was
+	// verified or first seen.
+	OldestCheckSeconds float64 `json:"oldest_check_seconds"`
+	CheckedBytes       int64   `json:"checked_bytes"` // of this incarnation
+	// Damaged are files that verification found damaged or missing, and how.
+	Damaged []string `json:"damaged,omitempty"`
 }
 
 // Fork is data that was set aside because the cluster's history went on without it.

@@ -125,6 +125,9 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 	if alarm := s.volume.Tracking().Alarm; alarm != "" {
 		add("change tracking: %s", alarm)
 	}
+	if bad := s.upkeep.checker.Damage(); len(bad) > 0 {
+		add("%d files of the store are damaged, the first: %s: %s (see `dbsupervisor snapshots verify`)", len(bad), bad[0].Path, bad[0].What)
+	}
 	if n := s.fails[ActHydrate]; n > 0 {
 		add("local copy can't be brought to head (%d failures in a row)", n)
 	}
@@ -162,7 +165,7 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 			ConsecutiveFailures: s.failedFor, LastError: s.syncErr, Tier: tier, TierReason: tierWhy, Tracking: s.tracking(),
 			Commits: s.commits, Failures: s.failures, FreezeAborts: s.aborts, PredictedFreezeMS: s.predicted(),
 			Slowed: s.pace.Interval > 0, IntervalSeconds: s.interval(wall).Seconds()},
-		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist,
+		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist, Upkeep: s.upkeepStatus(),
 		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},
 		Guard: api.Guard{OK: guardErr == nil, Error: text(guardErr)},
 	}

@@ -133,6 +133,7 @@ func New(cfg Config) (*Supervisor, error) {
 		fails:   map[Action]int{},
 	}
 	s.progress.clock = cfg.Clock
+	s.upkeep.checker = cfg.Store.NewChecker(cfg.FS, filepath.Join(cfg.Settings.Dir, "state", "checked.json"))
 	sched, err := config.ParseSchedule(cfg.Settings.Sync.Schedule)
 	if err != nil {
 		return nil, err

@@ -19,6 +19,8 @@ const (
 	upkeepEvery = time.Second
 	// sweepEvery is how often condemned files are unlinked.
 	sweepEvery = time.Minute
+	// checkEvery is how often it is looked whether a file is due to be verified.
+	checkEvery = 10 * time.Second
 	// upkeepRetry is how long it leaves the store alone after an error.
 	upkeepRetry = time.Minute
 )
@@ -28,10 +30,14 @@ const (
 // each of them: a job that begins cancels it and doesn't wait for it to end. All of it can be
 // taken up again where it was. Supervisor.mu guards it.
 type upkeep struct {
-	keeper  *volsync.Keeper // of the term that is held; nil: none is
-	stop    context.CancelFunc
-	retryAt boottime.Instant
-	sweepAt boottime.Instant
+	keeper   *volsync.Keeper // of the term that is held; nil: none is
+	checker  *volsync.Checker
+	checking bool            // this instance is the one that verifies
+	damaged  map[string]bool // files of which an event has told
+	stop     context.CancelFunc
+	retryAt  boottime.Instant
+	sweepAt  boottime.Instant
+	checkAt  boottime.Instant
 }
 
 // yield makes way for a job.
@@ -122,7 +128,84 @@ func (s *Supervisor) upkeepStep(ctx context.Context) error {
 	if err := s.sweep(ctx); err != nil {
 		return err
 	}
-	return s.compact(ctx)
+	if err := s.compact(ctx); err != nil {
+		return err
+	}
+	return s.check(ctx)
+}
+
+// check verifies the store a little at a time. One instance does it, so that the share is read
+// once: the standby whose name comes first, since it has the network for itself and competes
+// with no snapshot; the primary where there is no standby. Who that is follows from the beats,
+// so that two may do it for a while: that costs reading and nothing else.
+func (s *Supervisor) check(ctx context.Context) error {
+	v := s.lease.View()
+	s.mu.Lock()
+	set, state := s.set.Retention, s.decision.State
+	mine := s.checks(state)
+	s.upkeep.checking = mine && set.Verify > 0
+	wait := s.clock.Now() < s.upkeep.checkAt
+	s.mu.Unlock()
+	if !mine || wait || !v.Loaded || v.Record.Catalog == "" {
+		return nil
+	}
+	err := s.upkeep.checker.Check(ctx, volsync.CheckRequest{Catalog: catalogOf(v.Record), Every: set.Verify,
+		Rate: int64(set.Rate), Progress: s.upkeepReport()})
+	s.tellDamage()
+	if err == nil {
+		s.mu.Lock()
+		s.upkeep.checkAt = s.clock.Now().Add(checkEvery)
+		s.mu.Unlock()
+	}
+	return err
+}
+
+// checks says whether it is this instance that verifies. s.mu is held.
+func (s *Supervisor) checks(state State) bool {
+	switch state {
+	case StateStandby, StatePrimary:
+	default:
+		return false
+	}
+	for _, m := range s.members.alive(s.memberWindow()) {
+		if m.Instance != s.set.Instance && m.State == StateStandby && (state == StatePrimary || m.Instance < s.set.Instance) {
+			return false
+		}
+	}
+	return true
+}
+
+// tellDamage makes an event of each file that is found damaged for the first time.
+func (s *Supervisor) tellDamage() {
+	for _, p := range s.upkeep.checker.Damage() {
+		s.mu.Lock()
+		known := s.upkeep.damaged[p.Path]
+		if s.upkeep.damaged == nil {
+			s.upkeep.damaged = map[string]bool{}
+		}
+		s.upkeep.damaged[p.Path] = true
+		s.mu.Unlock()
+		if !known {
+			s.event("damage", "", p.Path+": "+p.What)
+			s.fail("store is damaged", api.WithHint(fmt.Errorf("%s: %s", p.Path, p.What),
+				"see what it spoils, and which snapshot is whole: dbsupervisor snapshots verify"))
+		}
+	}
+}
+
+// upkeepStatus tells what the upkeep has done. s.mu is held.
+func (s *Supervisor) upkeepStatus() api.Upkeep {
+	r := s.upkeep.checker.Report()
+	u := api.Upkeep{Checking: s.upkeep.checking, CheckFiles: r.Files, CheckedFiles: r.Checked,
+		OldestCheckSeconds: r.Oldest.Seconds(), CheckedBytes: r.ReadBytes}
+	for _, p := range r.Problems {
+		u.Damaged = append(u.Damaged, p.Path+": "+p.What)
+	}
+	if s.upkeep.keeper != nil {
+		k := s.upkeep.keeper.Report()
+		u.CondemnedFiles, u.CompactedPacks = k.Condemned, k.Compacted
+	}
+	return u
 }
 
 // compact brings the live rest of packs that are mostly dead together.

@@ -114,6 +114,19 @@ func (k *Keeper) Condemn(ctx context.Context, r CondemnRequest) (CatalogRef, Sum
 	return ref, sum, nil
 }
 
+// KeeperReport is what a Keeper has done in its term.
+type KeeperReport struct {
+	Condemned int   // files that wait for their grace or for a reader
+	Compacted int64 // packs whose live blocks have been brought together
+}
+
+// Report tells what has been done.
+func (k *Keeper) Report() KeeperReport {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return KeeperReport{Condemned: len(k.since) - len(k.gone), Compacted: k.compacted}
+}
+
 // Ripe says whether a Sweep with this grace would have something to look at.
 func (k *Keeper) Ripe(grace time.Duration) bool {
 	k.mu.Lock()
