@@ -42,7 +42,7 @@ func (a *app) snapshotsCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "snapshots", Short: "List the snapshots; verify them", Args: cobra.NoArgs, RunE: list}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	storeFlag(cmd, &copied)
-	cmd.AddCommand(a.verifyCmd(), a.pinCmd())
+	cmd.AddCommand(a.verifyCmd(), a.pinCmd(), a.statCmd())
 	return cmd
 }
 
