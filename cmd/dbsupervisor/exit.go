@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -98,6 +99,7 @@ func hint(err error) string {
 		{volsync.ErrMissing, "find out what is whole with: dbsupervisor snapshots verify"},
 		{volsync.ErrDamaged, "find out what is whole with: dbsupervisor snapshots verify"},
 		{container.ErrUnavailable, "start it with: systemctl start docker"},
+		{fs.ErrPermission, "run as root"},
 		{context.DeadlineExceeded, "the shared file system does not answer: check the mount and the network"},
 	} {
 		if errors.Is(err, k.is) {

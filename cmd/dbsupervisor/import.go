@@ -7,16 +7,20 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"dbsupervisor/internal/api"
 	"dbsupervisor/internal/boottime"
 	"dbsupervisor/internal/config"
 	"dbsupervisor/internal/fsx"
 	"dbsupervisor/internal/lease"
+	"dbsupervisor/internal/supervisor"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -53,8 +57,12 @@ func (a *app) importCmd() *cobra.Command {
 // importDir takes a term like any agent, so that a cluster that somebody else is
 // starting at this moment can't get two beginnings.
 func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, log hclog.Logger) (ref volsync.SnapshotRef, stats volsync.ImportStats, err error) {
-	if pid := filepath.Join(dir, "postmaster.pid"); cfg.Database.Engine == "postgres" && exists(pid) {
-		return ref, stats, api.WithHint(fmt.Errorf("import %s: %s is there: a PostgreSQL may be running on it", dir, pid), "stop it; if it is not running, remove that file")
+	// A lock file tells nothing: what was restored from a snapshot of a running database has
+	// one too, and the process ID in it is that of another machine or container.
+	if pid, name, err := userOf(dir); err != nil {
+		return ref, stats, fmt.Errorf("import %s: %w", dir, err)
+	} else if pid != 0 {
+		return ref, stats, api.WithHint(fmt.Errorf("import %s: process %d (%s) uses it", dir, pid, name), "stop the database first; its files change while it runs")
 	}
 	s, err := openShare(ctx, cfg)
 	if err != nil {
@@ -118,6 +126,47 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 	return ref, stats, nil
 }
 
+// userOf finds a process of this machine, in a container or not, that works in a directory or
+// has a file directly in it open: what the server of a database does. 0 if there is none.
+func userOf(dir string) (pid int, name string, err error) {
+	own := map[[2]uint64]bool{}
+	add := func(path string) {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil {
+			own[[2]uint64{st.Dev, st.Ino}] = true
+		}
+	}
+	add(dir)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, "", err
+	}
+	for _, e := range entries {
+		if e.Type().IsRegular() {
+			add(filepath.Join(dir, e.Name()))
+		}
+	}
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, "", err
+	}
+	for _, p := range procs {
+		fds, err := filepath.Glob(p + "/fd/*")
+		if err != nil {
+			return 0, "", err
+		}
+		for _, f := range append(fds, p+"/cwd") {
+			var st unix.Stat_t
+			// What ends meanwhile uses nothing.
+			if n, aerr := strconv.Atoi(filepath.Base(p)); unix.Stat(f, &st) == nil && own[[2]uint64{st.Dev, st.Ino}] && aerr == nil && n != os.Getpid() {
+				comm, _ := os.ReadFile(p + "/comm") // for the message only
+				return n, strings.TrimSpace(string(comm)), nil
+			}
+		}
+	}
+	return 0, "", nil
+}
+
 // takeTerm acquires the lease: at once in a new cluster, after a TTL when an earlier import
 // died with it. It gives up when somebody else keeps renewing.
 func takeTerm(ctx context.Context, cfg *config.Config, l *lease.Lease) error {
@@ -158,7 +207,7 @@ func firstSnapshot(ctx context.Context, cfg *config.Config, store *volsync.Store
 		v.Abandon(c)
 		return none, fmt.Errorf("sync volume: %w", err)
 	}
-	if _, err := l.Commit(ctx, basis, func(r *lease.Record) { r.Head = refHead(tree.Ref) }); err != nil {
+	if _, err := l.Commit(ctx, basis, func(r *lease.Record) { r.Head = supervisor.HeadOf(tree.Ref) }); err != nil {
 		v.Abandon(c)
 		return none, fmt.Errorf("commit snapshot: %w", err)
 	}

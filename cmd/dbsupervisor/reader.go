@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"dbsupervisor/internal/fsx"
+	"dbsupervisor/internal/supervisor"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -55,7 +56,7 @@ func (a *app) snapshotsOf(ctx context.Context, dir, id string) (*reader, []volsy
 			return head, volsync.CatalogRef{}, err
 		}
 		if s.record.Head != nil {
-			head = headRef(s.record.Head)
+			head = supervisor.RefOf(s.record.Head)
 		}
 		return head, volsync.CatalogRef{Name: s.record.Catalog, Hash: s.record.CatalogHash}, nil
 	}

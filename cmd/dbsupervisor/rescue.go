@@ -14,6 +14,7 @@ import (
 	"dbsupervisor/internal/api"
 	"dbsupervisor/internal/config"
 	"dbsupervisor/internal/lease"
+	"dbsupervisor/internal/supervisor"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -116,7 +117,7 @@ func rescueHead(rep volsync.RescueReport, id string) (volsync.SnapshotInfo, erro
 // everything that was ever written, so that no name can come again, and nobody holds it:
 // whoever starts first waits a TTL.
 func rescueRecord(cfg *config.Config, rep volsync.RescueReport, head volsync.SnapshotInfo) lease.Record {
-	r := lease.Record{TTL: lease.Duration(cfg.Lease.TTL), Head: refHead(head.SnapshotRef), Wall: wallNow(), GCSeq: 1}
+	r := lease.Record{TTL: lease.Duration(cfg.Lease.TTL), Head: supervisor.HeadOf(head.SnapshotRef), Wall: wallNow(), GCSeq: 1}
 	for _, list := range [][]volsync.SnapshotInfo{rep.Committed, rep.Unproven} {
 		for _, s := range list {
 			r.Term = max(r.Term, s.Term)

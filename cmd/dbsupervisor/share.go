@@ -14,6 +14,7 @@ import (
 	"dbsupervisor/internal/config"
 	"dbsupervisor/internal/fsx"
 	"dbsupervisor/internal/lease"
+	"dbsupervisor/internal/supervisor"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -81,19 +82,11 @@ func (s *share) snapshots(ctx context.Context) ([]volsync.SnapshotInfo, error) {
 	if h == nil {
 		return nil, nil
 	}
-	list, err := s.store.List(ctx, headRef(h), volsync.CatalogRef{Name: s.record.Catalog, Hash: s.record.CatalogHash})
+	list, err := s.store.List(ctx, supervisor.RefOf(h), volsync.CatalogRef{Name: s.record.Catalog, Hash: s.record.CatalogHash})
 	if err != nil {
 		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
 	return list, nil
-}
-
-func headRef(h *lease.Head) volsync.SnapshotRef {
-	return volsync.SnapshotRef{ID: h.ID, Manifest: h.Manifest, Hash: h.Hash, Term: h.Term, Seq: h.Seq, Frozen: h.Frozen}
-}
-
-func refHead(r volsync.SnapshotRef) *lease.Head {
-	return &lease.Head{ID: r.ID, Manifest: r.Manifest, Hash: r.Hash, Term: r.Term, Seq: r.Seq, Frozen: r.Frozen}
 }
 
 // choice says which snapshot is meant: by time, by ID, or the newest.

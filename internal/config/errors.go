@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -59,6 +60,22 @@ func (l Errors) Unwrap() []error {
 		out[i] = e
 	}
 	return out
+}
+
+// with adds what more was found, without repeating a line, in the file's order.
+func (l Errors) with(more Errors) Errors {
+	said := map[int]bool{}
+	for _, e := range l {
+		said[e.Line] = true
+	}
+	all := slices.Clone(l)
+	for _, e := range more {
+		if e.Line == 0 || !said[e.Line] {
+			all = append(all, e)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b *Error) int { return a.Line - b.Line })
+	return all
 }
 
 func (l Errors) orNil() error {

@@ -70,10 +70,10 @@ func Parse(name string, data []byte) (*Config, error) {
 	c := Default()
 	ck := checker{file: name}
 	ck.checkConfig(root)
-	if err := ck.errs.orNil(); err != nil {
-		return nil, err
-	}
 	c.src = &source{file: name, root: root}
+	if len(ck.errs) > 0 {
+		return nil, ck.errs.with(c.rest(data))
+	}
 	src := c.src
 	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict()).Decode(c); err != nil {
 		return nil, fromYAML(name, err)
@@ -87,6 +87,24 @@ func Parse(name string, data []byte) (*Config, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// rest finds what else is wrong with a file whose keys are not all right, so that everything is
+// said in one round. Where the file can't be decoded at all that is nothing.
+func (c *Config) rest(data []byte) Errors {
+	src := c.src
+	if err := yaml.NewDecoder(bytes.NewReader(data)).Decode(c); err != nil {
+		return nil
+	}
+	c.src = src
+	var errs Errors
+	if err := c.derive(); err != nil {
+		var e *Error
+		if errors.As(err, &e) {
+			errs = append(errs, e)
+		}
+	}
+	return append(errs, c.validate()...)
 }
 
 // Default is a configuration with every default that does not depend on other keys.

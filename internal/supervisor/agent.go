@@ -440,7 +440,7 @@ func (s *Supervisor) Rollback(ctx context.Context, req api.RollbackRequest, repo
 			}
 			res := api.RollbackResult{Head: r.Head.ID, From: from, Frozen: ref.Frozen, DurationMS: ms(s.clock.Now().Sub(began))}
 			// The state before is in the snapshot that the primary took on the way.
-			if list, err := s.store.List(ctx, refOf(*r.Head), catalogOf(r)); err == nil && len(list) > 0 && list[0].Parent != "" {
+			if list, err := s.store.List(ctx, RefOf(r.Head), catalogOf(r)); err == nil && len(list) > 0 && list[0].Parent != "" {
 				res.From = list[0].Parent
 			}
 			s.awaitServing(ctx, r, report)

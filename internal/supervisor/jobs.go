@@ -167,7 +167,7 @@ func (s *Supervisor) setAside(ctx context.Context) error {
 	v := s.lease.View()
 	var head volsync.SnapshotRef
 	if v.Record.Head != nil {
-		head = refOf(*v.Record.Head)
+		head = RefOf(v.Record.Head)
 	}
 	f, err := s.volume.SetAside(ctx, s.currentWhy(), head)
 	if err != nil {
@@ -189,7 +189,7 @@ func (s *Supervisor) hydrate(ctx context.Context) error {
 	if v.Record.Head == nil {
 		return nil
 	}
-	ref := refOf(*v.Record.Head)
+	ref := RefOf(v.Record.Head)
 	var stats volsync.HydrateStats
 	bring := func(ctx context.Context, _ volsync.SnapshotRef) (err error) {
 		stats, err = s.volume.Hydrate(ctx, s.store, ref, s.report())
@@ -219,7 +219,7 @@ func (s *Supervisor) hydrate(ctx context.Context) error {
 func (s *Supervisor) learnBaseline(ctx context.Context) error {
 	var ref volsync.SnapshotRef // none: everything is new
 	if h := s.lease.View().Record.Head; h != nil {
-		ref = refOf(*h)
+		ref = RefOf(h)
 	}
 	if err := s.volume.Baseline(ctx, s.store, ref); err != nil {
 		return fmt.Errorf("read head: %w", err)
@@ -269,12 +269,4 @@ func (s *Supervisor) start(ctx context.Context) error {
 		s.syncWanted = true // nothing has everything: don't wait for the schedule
 	}
 	return nil
-}
-
-func refOf(h lease.Head) volsync.SnapshotRef {
-	return volsync.SnapshotRef{ID: h.ID, Manifest: h.Manifest, Hash: h.Hash, Term: h.Term, Seq: h.Seq, Frozen: h.Frozen}
-}
-
-func headOf(r volsync.SnapshotRef) *lease.Head {
-	return &lease.Head{ID: r.ID, Manifest: r.Manifest, Hash: r.Hash, Term: r.Term, Seq: r.Seq, Frozen: r.Frozen}
 }

@@ -151,7 +151,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	}
 	digest := s.db.state().digest
 	_, err = s.lease.Commit(ctx, basis, func(r *lease.Record) {
-		r.Head = headOf(tree.Ref)
+		r.Head = HeadOf(tree.Ref)
 		if digest != "" {
 			r.ImageDigest = digest
 		}
@@ -294,7 +294,7 @@ func (s *Supervisor) lastSnapshot(ctx context.Context) error {
 	if head == nil {
 		return errors.New("no head after the last snapshot")
 	}
-	if err := s.volume.MarkClean(ctx, refOf(*head)); err != nil {
+	if err := s.volume.MarkClean(ctx, RefOf(head)); err != nil {
 		return fmt.Errorf("mark volume clean: %w", err)
 	}
 	return nil
@@ -401,7 +401,7 @@ func (s *Supervisor) rollbackTo(ctx context.Context, o lease.Order) error {
 	}
 	v = s.lease.View()
 	r := v.Record
-	head := refOf(*r.Head)
+	head := RefOf(r.Head)
 	next, _, err := s.store.WriteRollback(ctx, volsync.RollbackRequest{
 		Head: head, Catalog: catalogOf(r), Target: tree, Term: r.Term, Seq: head.Seq + 1,
 		Frozen: s.clock.Wall(), Writer: s.set.Instance,
@@ -410,7 +410,7 @@ func (s *Supervisor) rollbackTo(ctx context.Context, o lease.Order) error {
 		return fmt.Errorf("write rollback: %w", err)
 	}
 	_, err = s.lease.Commit(ctx, r, func(n *lease.Record) {
-		n.Head, n.Answer = headOf(next.Ref), &lease.Answer{Order: o.ID}
+		n.Head, n.Answer = HeadOf(next.Ref), &lease.Answer{Order: o.ID}
 		if n.Order != nil && n.Order.ID == o.ID {
 			n.Order = nil
 		}
@@ -430,7 +430,7 @@ func catalogOf(r lease.Record) volsync.CatalogRef {
 }
 
 func (s *Supervisor) findSnapshot(ctx context.Context, r lease.Record, id string) (volsync.SnapshotRef, error) {
-	list, err := s.store.List(ctx, refOf(*r.Head), catalogOf(r))
+	list, err := s.store.List(ctx, RefOf(r.Head), catalogOf(r))
 	if err != nil {
 		return volsync.SnapshotRef{}, fmt.Errorf("list snapshots: %w", err)
 	}

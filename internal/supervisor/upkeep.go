@@ -69,7 +69,7 @@ func (s *Supervisor) retain(ctx context.Context) error {
 		return nil
 	}
 	next, sum, err := keeper.Condemn(ctx, volsync.CondemnRequest{
-		Head: refOf(*r.Head), Catalog: catalogOf(r), Now: s.clock.Wall(), Term: r.Term,
+		Head: RefOf(r.Head), Catalog: catalogOf(r), Now: s.clock.Wall(), Term: r.Term,
 		Policy: volsync.Policy{All: set.All, Hourly: set.Hourly, Daily: set.Daily},
 	})
 	if err != nil {
@@ -311,7 +311,7 @@ func (s *Supervisor) pinned(ctx context.Context, ref volsync.SnapshotRef, f func
 			}
 			r := s.lease.View().Record
 			if r.Head != nil {
-				head = refOf(*r.Head)
+				head = RefOf(r.Head)
 			}
 			return head, catalogOf(r), nil
 		},
