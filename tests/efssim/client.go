@@ -99,6 +99,9 @@ type cached struct {
 	told    bool          // the answer to a WRITE has brought attributes since attr
 	checked time.Duration // when
 	timeout time.Duration // how long it is believed
+	// kernel is until when the kernel believes what it was told. A stat that comes before
+	// was demanded past all caches (AT_STATX_FORCE_SYNC).
+	kernel time.Duration
 
 	// Directories: names looked up, believed while version is the same.
 	version uint64
@@ -176,6 +179,20 @@ func newClient(o Options) *client {
 
 // wait is what an operation takes. The caller sleeps when it holds nothing.
 type wait time.Duration
+
+// tell is what a kernel that asks is to be told: attributes, and for how long it may believe
+// them. It answers a stat by itself then, as from an NFS client's cache.
+func (c *client) tell(id uint64, a *fuse.Attr) (believe time.Duration) {
+	n := c.node(id)
+	n.kernel = 0
+	if !c.caches() || n.stale || n.ours() || !c.fresh(n) {
+		return 0
+	}
+	*a = n.attr
+	believe = n.timeout - (c.now() - n.checked)
+	n.kernel = c.now() + believe
+	return believe
+}
 
 func (c *client) caches() bool { return c.opt.AttrMin > 0 || c.opt.DirMin > 0 }
 
@@ -258,7 +275,7 @@ func (c *client) changed(dir uint64) {
 		n.attr, n.known = a, true
 	}
 	n.version++
-	n.access, n.listed, n.stale = false, false, true
+	n.access, n.listed, n.stale, n.kernel = false, false, true, 0
 	n.checked = c.now()
 	n.timeout, _ = c.bounds(&n.attr)
 }
@@ -323,21 +340,22 @@ func (c *client) named(dir uint64, name string, node uint64) {
 	d.names[name] = entry{version: d.version, node: node}
 }
 
-// show is a stat of a file: from the cache while that is believed.
-func (c *client) show(thread uint32, id uint64) (a fuse.Attr, hit bool, w wait) {
+// show is a stat of a file that the kernel could or must not answer.
+func (c *client) show(thread uint32, id uint64) (w wait) {
 	w = c.settle(thread)
 	n := c.node(id)
+	forced := c.now() < n.kernel
 	if len(n.dirty) > 0 {
 		w += c.flush(n, false) // so that the server knows the times
 	}
-	if a, ok := c.stat(id); ok && n.told && c.caches() {
+	if a, ok := c.stat(id); ok && n.told && c.caches() && !forced {
 		n.told = false
 		n.attr, n.known, n.stale, n.checked = a, true, false, c.now()
 	}
-	if c.fresh(n) && !n.stale {
-		return n.attr, c.caches() && !n.ours(), w
+	if !forced && c.fresh(n) && !n.stale {
+		return w
 	}
-	return n.attr, false, w + c.getattr(id)
+	return w + c.getattr(id)
 }
 
 // opened counts an OPEN, which asks for the attributes whatever is cached.
@@ -370,14 +388,19 @@ func (c *client) hold(fh, id uint64, write bool) {
 }
 
 // created counts an OPEN that made the file.
-func (c *client) created(thread uint32, dir uint64, name string, fh, id uint64, a *fuse.Attr) wait {
+func (c *client) created(thread uint32, dir uint64, name string, fh, id uint64, exclusive bool, a *fuse.Attr) wait {
 	w := c.absorb(thread, dir, name)
+	if exclusive {
+		// For what the server may have used to keep the verifier.
+		w += c.rpc(ProcSetattr, 1)
+	}
 	c.procs[ProcOpen]++
 	c.nodes[id] = &cached{names: map[string]entry{}}
 	c.learn(id, a)
 	c.hold(fh, id, true)
-	c.changed(dir)
+	// The name was found before the directory changed: it will be looked up again.
 	c.named(dir, name, id)
+	c.changed(dir)
 	return w + wait(c.opt.Pace.Change)
 }
 
@@ -415,7 +438,7 @@ func (c *client) write(id uint64, from, size int64) wait {
 	before := n.dirty.len()
 	n.dirty = n.dirty.add(s)
 	n.pages = n.pages.add(s)
-	n.stale, n.told = true, false
+	n.stale, n.told, n.kernel = true, false, 0
 	w := c.transfer(n.dirty.len() - before)
 	if c.opt.Pace.Rate > 0 {
 		return max(0, w-wait(float64(backlog)/float64(c.opt.Pace.Rate)*float64(time.Second)))
@@ -471,6 +494,7 @@ func (c *client) fetch(fh, id uint64, from, size, length int64) (w wait) {
 // reads is a read(2). The client knows the file's length from its attributes.
 func (c *client) reads(thread uint32, fh, id uint64, from, size int64) wait {
 	w := c.settle(thread)
+	c.node(id).kernel = 0 // its time of access has changed
 	length := c.node(id).attr.Size
 	if n := c.node(id); !n.known || n.ours() {
 		if a, ok := c.stat(id); ok {
@@ -493,7 +517,7 @@ func (c *client) setattr(thread uint32, id uint64, truncated bool, a *fuse.Attr)
 		n.pages, n.dirty = n.pages.cut(size), n.dirty.cut(size)
 	}
 	w += c.flush(n, false) + c.rpc(ProcSetattr, 1)
-	n.attr, n.known, n.stale, n.access, n.checked = *a, true, false, false, c.now()
+	n.attr, n.known, n.stale, n.access, n.checked, n.kernel = *a, true, false, false, c.now(), 0
 	n.timeout, _ = c.bounds(a)
 	return w
 }
@@ -502,12 +526,13 @@ func (c *client) setattr(thread uint32, id uint64, truncated bool, a *fuse.Attr)
 func (c *client) made(thread uint32, p Proc, dir uint64, name string, out *fuse.EntryOut) wait {
 	w := c.absorb(thread, dir, name)
 	if p == ProcLink {
-		w += c.flush(c.node(out.NodeId), true)
+		// Whoever links must be able to read and write the file (fs.protected_hardlinks).
+		w += c.flush(c.node(out.NodeId), true) + c.search(out.NodeId)
 	}
 	w += c.rpc(p, 1)
 	c.changed(dir)
 	n := c.node(out.NodeId)
-	n.attr, n.known, n.stale, n.checked = out.Attr, true, false, c.now()
+	n.attr, n.known, n.stale, n.checked, n.kernel = out.Attr, true, false, c.now(), 0
 	n.timeout, _ = c.bounds(&out.Attr)
 	c.named(dir, name, out.NodeId)
 	return w
@@ -613,6 +638,7 @@ func (c *client) list(fh uint64, first bool, names []string) (w wait) {
 		return 0
 	}
 	d := c.node(o.node)
+	d.kernel = 0 // its time of access has changed
 	if first {
 		o.shown, o.fetched, o.piece = 0, 0, listMin
 		if o.cached = d.listed; o.cached {

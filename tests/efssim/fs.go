@@ -95,6 +95,7 @@ func (t *faulty) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, o
 			switch st {
 			case fuse.OK:
 				c.found(h.Pid, h.NodeId, name, e, hit, out.NodeId, &out.Attr)
+				out.SetAttrTimeout(c.tell(out.NodeId, &out.Attr))
 			case fuse.ENOENT:
 				c.found(h.Pid, h.NodeId, name, e, hit, 0, nil)
 			}
@@ -106,14 +107,11 @@ func (t *faulty) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, o
 
 func (t *faulty) GetAttr(cancel <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
 	return t.on(OpGetattr, &in.InHeader, func() fuse.Status {
-		var a fuse.Attr
-		var hit bool
-		t.tell(func(c *client) (w wait) { a, hit, w = c.show(in.Pid, in.NodeId); return w })
-		st := t.RawFileSystem.GetAttr(cancel, in, out)
-		if hit && st.Ok() {
-			out.Attr = a
-		}
-		return st
+		t.tell(func(c *client) wait { return c.show(in.Pid, in.NodeId) })
+		return t.after(t.RawFileSystem.GetAttr(cancel, in, out), func(c *client) wait {
+			out.SetTimeout(c.tell(in.NodeId, &out.Attr))
+			return 0
+		})
 	})
 }
 
@@ -225,7 +223,7 @@ func (t *faulty) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, 
 			t.saw(out.NodeId, p)
 			out.OpenFlags |= fuse.FOPEN_DIRECT_IO
 			t.tell(func(c *client) wait {
-				return c.created(in.Pid, in.NodeId, name, out.Fh, out.NodeId, &out.Attr)
+				return c.created(in.Pid, in.NodeId, name, out.Fh, out.NodeId, in.Flags&syscall.O_EXCL != 0, &out.Attr)
 			})
 		}
 		return st
