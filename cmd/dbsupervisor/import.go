@@ -80,7 +80,7 @@ func importDir(ctx context.Context, cfg *config.Config, dir string, m *meter, lo
 			return ref, stats, fmt.Errorf("create directory: %w", err)
 		}
 	}
-	v, err := openVolume(cfg, boot, log)
+	v, err := openVolume(cfg, boot, volsync.TierHashed, log) // one capture, of a volume that nobody writes
 	if err != nil {
 		return ref, stats, err
 	}
@@ -223,9 +223,9 @@ func firstSnapshot(ctx context.Context, cfg *config.Config, store *volsync.Store
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 
 // openVolume opens the instance's own copy; only one process can.
-func openVolume(cfg *config.Config, boot string, log hclog.Logger) (*volsync.Volume, error) {
+func openVolume(cfg *config.Config, boot, tier string, log hclog.Logger) (*volsync.Volume, error) {
 	return volsync.OpenVolume(volsync.VolumeConfig{
-		Dir: cfg.Dir, FS: fsx.OS{}, Log: log.Named("volume"), Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), Tier: cfg.Sync.Tier, SpareCopy: cfg.Sync.SpareCopy, BootID: boot, Rand: rand.Reader,
+		Dir: cfg.Dir, FS: fsx.OS{}, Log: log.Named("volume"), Workers: cfg.Sync.Workers, MinFree: int64(cfg.Sync.MinFree), Tier: tier, SpareCopy: cfg.Sync.SpareCopy, BootID: boot, Rand: rand.Reader,
 	})
 }
 

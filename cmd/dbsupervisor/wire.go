@@ -55,7 +55,7 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, name.Close()) }()
-	volume, err := openVolume(cfg, boot, log)
+	volume, err := openVolume(cfg, boot, cfg.Sync.Tier, log)
 	if err != nil {
 		return err
 	}

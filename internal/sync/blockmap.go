@@ -342,3 +342,53 @@ func trimClones(dir string) {
 	_, _, _ = unix.Syscall(unix.SYS_IOCTL, uintptr(fd), xfsFreeEOFBlocks, uintptr(unsafe.Pointer(&req)))
 	_ = unix.Close(fd)
 }
+
+// mapBlocks tells for all blocks of a file whether they have data, and of the others in
+// which way they have none.
+func mapBlocks(ctx context.Context, f *os.File, size, alloc int64, tell func(first uint64, codes []code, data bool) error) error {
+	zeros := unwritten{f: f, skip: alloc == 0}
+	codes := make([]code, readChunk/BlockSize)
+	run := func(from, to uint64, data bool) error {
+		for b := from; b < to; {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := min(to-b, uint64(len(codes)))
+			for i := range codes[:n] {
+				codes[i] = codeUnknown
+				if !data {
+					c, err := zeros.code(int64(b+uint64(i))*BlockSize, min(int64(b+uint64(i)+1)*BlockSize, size))
+					if err != nil {
+						return err
+					}
+					codes[i] = c
+				}
+			}
+			if err := tell(b, codes[:n], data); err != nil {
+				return err
+			}
+			b += n
+		}
+		return nil
+	}
+	blocks := blocksOf(size)
+	for b := uint64(0); b < blocks; {
+		data, stop, err := nextData(f, int64(b)*BlockSize, size)
+		if err != nil {
+			return err
+		}
+		hole := min(uint64(data)/BlockSize, blocks)
+		if data >= size {
+			hole = blocks
+		}
+		last := max(hole, min((uint64(stop)+BlockSize-1)/BlockSize, blocks))
+		if err := run(b, hole, false); err != nil {
+			return err
+		}
+		if err := run(hole, last, true); err != nil {
+			return err
+		}
+		b = max(last, b+1)
+	}
+	return nil
+}

@@ -43,13 +43,21 @@ const (
 // round is one pass over the volume.
 type round interface {
 	// suspect says which blocks of a file may differ from what was read when its stat was
-	// prev (the zero key: never) and that reading was settled or not; later means that the
-	// next round will be able to say.
-	suspect(now, prev statKey, settled bool) (ranges []blockRange, later bool)
+	// prev (the zero key: never) and that reading was settled or not.
+	suspect(now, prev statKey, settled bool) ([]blockRange, suspicion)
 	// settled says whether a file that is read in this round, with this stat, can be
 	// believed unchanged for as long as its stat stays the same.
 	settled(now statKey) bool
 }
+
+// suspicion is what else there is to say of a file's blocks.
+type suspicion int
+
+const (
+	onlyThose  suspicion = iota
+	alsoHoles            // others may have become holes or ceased to be
+	decideLate           // the next round will be able to say
+)
 
 // statDetector suspects every file whose stat has changed, as a whole.
 //
@@ -153,11 +161,11 @@ func (d *statDetector) rules(frozen bool) (*statRound, error) {
 	return r, nil
 }
 
-func (r *statRound) suspect(now, prev statKey, settled bool) ([]blockRange, bool) {
+func (r *statRound) suspect(now, prev statKey, settled bool) ([]blockRange, suspicion) {
 	if now == prev && settled && !r.mapped[now.Ino] {
-		return nil, false
+		return nil, onlyThose
 	}
-	return wholeFile(now), false
+	return wholeFile(now), onlyThose
 }
 
 func wholeFile(now statKey) []blockRange { return []blockRange{{0, blocksOf(now.Size)}} }

@@ -9,6 +9,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"dbsupervisor/internal/boottime"
+	"dbsupervisor/internal/track"
 )
 
 // follower is the detector of the tier "tracked". It lives as long as the agent and keeps
@@ -164,7 +165,7 @@ func (f *follower) loss(why string, carry touches) {
 	f.blind = f.blind || carry != nil
 }
 
-func blocksOfRanges(lists ...[]trackedRange) []blockRange {
+func blocksOfRanges(lists ...[]track.Range) []blockRange {
 	var out []blockRange
 	for _, rs := range lists {
 		for _, r := range rs {
@@ -199,7 +200,7 @@ func (f *follower) lookAtTouched(ctx context.Context, tolerant bool, p *pending)
 	}
 	touched := func(ino uint64) {
 		if n := f.now.byIno[ino]; n != nil && n.typ == TypeRegular {
-			names = append(names, n.names[0])
+			names = append(names, n.names...) // one of them may be gone
 		}
 	}
 	for ino := range f.todo {
@@ -222,6 +223,9 @@ func (f *follower) considered(n *node, j *readJob) {
 	delete(f.todo, n.key.Ino)
 	if j != nil {
 		delete(f.doubts, n.key.Ino)
+		if j.whole() || j.holes {
+			n.mapped = n.alloc
+		}
 	}
 }
 
@@ -292,32 +296,36 @@ type trackRound struct {
 
 func (r *trackRound) settled(now statKey) bool { return r.stat.settled(now) }
 
-func (r *trackRound) suspect(now, prev statKey, settled bool) ([]blockRange, bool) {
-	t := r.f.todo[now.Ino]
+func (r *trackRound) suspect(now, prev statKey, settled bool) ([]blockRange, suspicion) {
+	t, n := r.f.todo[now.Ino], r.f.now.byIno[now.Ino]
 	switch {
 	case prev == (statKey{}):
-		return wholeFile(now), false // never read, or not to its end
+		return wholeFile(now), onlyThose // never read, or not to its end
 	case r.lost && (now != prev || !settled):
-		return wholeFile(now), false
+		return wholeFile(now), onlyThose
 	case t != nil && (t.Ranged || t.Again && (now != prev || !settled)):
-		return wholeFile(now), false
-	case now.Size < prev.Size, !t.some() && (now.Size != prev.Size || now.MTime != prev.MTime):
+		return wholeFile(now), onlyThose
+	case now.Size < prev.Size, t == nil && (now.Size != prev.Size || now.MTime != prev.MTime):
 		// A change that nobody reported. While the database runs it may be one whose report
 		// was just on its way.
 		if !r.frozen && !r.f.doubts[now.Ino] {
 			r.f.doubts[now.Ino] = true
-			return nil, true
+			return nil, decideLate
 		}
 		r.f.unexplained++
-		return wholeFile(now), false
-	case !t.some():
-		delete(r.f.doubts, now.Ino)
-		return nil, false // its attributes at most
+		return wholeFile(now), onlyThose
 	}
 	delete(r.f.doubts, now.Ino)
+	what := onlyThose
+	if n == nil || n.alloc != n.mapped || !t.some() && now.CTime != prev.CTime {
+		what = alsoHoles // room was allocated, or only the inode was touched
+	}
+	if !t.some() {
+		return nil, what
+	}
 	blocks := cutBlocks(t.Blocks, blocksOf(now.Size))
 	if grown := (blockRange{blocksOf(prev.Size), blocksOf(now.Size)}); grown.From < grown.To {
 		blocks = mergeBlocks(append(append([]blockRange{}, blocks...), grown))
 	}
-	return blocks, false
+	return blocks, what
 }

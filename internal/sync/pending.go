@@ -153,8 +153,8 @@ func (p *pending) consider(n *node, rd round) *readJob {
 		}
 		return nil
 	}
-	ranges, later := rd.suspect(n.key, prev, settled)
-	if later || ranges == nil && prev == n.key {
+	ranges, what := rd.suspect(n.key, prev, settled)
+	if what == decideLate || what == onlyThose && ranges == nil && prev == n.key {
 		return nil
 	}
 	if w == nil {
@@ -165,7 +165,7 @@ func (p *pending) consider(n *node, rd round) *readJob {
 		}
 		p.work[n.id] = w
 	}
-	j := &readJob{n: n, w: w, cut: p.cut(n), ranges: ranges, settled: rd.settled(n.key), prev: prev, prevSettled: settled}
+	j := &readJob{n: n, w: w, cut: p.cut(n), ranges: ranges, settled: rd.settled(n.key), prev: prev, prevSettled: settled, holes: what == alsoHoles}
 	w.meta = n.meta
 	w.resize(blocksOf(n.key.Size))
 	// Until it has been read as a whole it must not be taken for known.

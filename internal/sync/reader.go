@@ -21,6 +21,7 @@ type readJob struct {
 	w       *work
 	cut     uint64
 	ranges  []blockRange
+	holes   bool // blocks elsewhere may have become holes, or ceased to be
 	settled bool
 	// What was known before, for a file that turns out to be elsewhere.
 	prev        statKey
@@ -99,13 +100,16 @@ func (r *reader) run(ctx context.Context, jobs []*readJob, workers int) error {
 	g.SetLimit(max(workers, 1))
 	for _, j := range jobs {
 		pieces := j.pieces()
+		if j.holes && !j.whole() {
+			pieces = append(pieces, nil) // for the holes
+		}
 		j.left.Store(int64(len(pieces)))
-		for _, piece := range pieces {
+		for i, piece := range pieces {
 			g.Go(func() error {
 				if err := ctx.Err(); err != nil {
 					return err
 				}
-				if err := r.piece(ctx, j, piece); err != nil {
+				if err := r.piece(ctx, j, piece, j.holes && i == len(pieces)-1); err != nil {
 					return err
 				}
 				if r.progress != nil {
@@ -140,12 +144,12 @@ func (j *readJob) recall() {
 // done says that everything that was to be read has been.
 func (j *readJob) done() bool { return j.left.Load() == 0 && !j.missed.Load() }
 
-func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange) error {
+func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange, holes bool) error {
 	name := j.n.names[0]
 	if err := r.fs.At("capture-read", name); err != nil {
 		return err
 	}
-	if len(piece) == 0 {
+	if len(piece) == 0 && !holes {
 		return nil
 	}
 	f, err := openBelow(int(r.root.Fd()), name)
@@ -166,33 +170,65 @@ func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange) erro
 		}
 		return fmt.Errorf("read %q: %w", name, err)
 	}
-	sink := func(first uint64, codes []code, data []byte) error {
+	sink := r.sink(j)
+	switch {
+	case holes && !j.whole():
+		return r.holes(ctx, f, j, sink)
+	case !j.whole():
+		return readScattered(ctx, f, j.n.key.Size, j.n.alloc, piece, r.hold == 0, sink)
+	}
+	for _, br := range piece {
+		if err := readBlocks(ctx, f, j.n.key.Size, j.n.alloc, br.From, br.To, sink); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sink takes blocks that were read.
+func (r *reader) sink(j *readJob) blockSink {
+	return func(first uint64, codes []code, data []byte) error {
 		r.bytes.Add(int64(len(data)))
+		if r.hold > 0 && !j.whole() && data != nil && r.keepLater(j, first, data) {
+			return nil
+		}
+		for i := range codes {
+			if data != nil && codes[i] == codeUnknown {
+				codes[i] = blockCode(data[i*BlockSize : (i+1)*BlockSize])
+			}
+		}
 		return r.keep(j, first, codes, data)
 	}
-	if j.whole() {
-		for _, br := range piece {
-			if err := readBlocks(ctx, f, j.n.key.Size, j.n.alloc, br.From, br.To, sink); err != nil {
-				return err
+}
+
+// holes compares where the file has data with what is known, and reads only what has data
+// where none is known.
+func (r *reader) holes(ctx context.Context, f *os.File, j *readJob, sink blockSink) error {
+	var news []blockRange
+	err := mapBlocks(ctx, f, j.n.key.Size, j.n.alloc, func(first uint64, codes []code, data bool) error {
+		j.w.mu.Lock()
+		defer j.w.mu.Unlock()
+		for i, c := range codes {
+			b := first + uint64(i)
+			have, _ := j.w.at(b)
+			switch {
+			case data && have != codeUnknown && have.kind() == ExtentData, !data && have == c:
+			case data:
+				if k := len(news) - 1; k >= 0 && news[k].To == b {
+					news[k].To++
+				} else {
+					news = append(news, blockRange{b, b + 1})
+				}
+			default:
+				j.w.put(b, c, 0, b+1 == j.cut)
 			}
 		}
 		return nil
+	})
+	if err != nil || len(news) == 0 {
+		return err
 	}
-	if r.hold > 0 {
-		sink = func(first uint64, codes []code, data []byte) error {
-			r.bytes.Add(int64(len(data)))
-			if data != nil && r.keepLater(j, first, data) {
-				return nil
-			}
-			for i := range codes {
-				if data != nil && codes[i] == codeUnknown {
-					codes[i] = blockCode(data[i*BlockSize : (i+1)*BlockSize])
-				}
-			}
-			return r.keep(j, first, codes, data)
-		}
-	}
-	return readScattered(ctx, f, j.n.key.Size, j.n.alloc, piece, r.hold == 0, sink)
+	return readScattered(ctx, f, j.n.key.Size, j.n.alloc, news, true, sink)
 }
 
 // keepLater takes a copy of blocks none of which is zero, if there is room.

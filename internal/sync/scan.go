@@ -28,10 +28,12 @@ type statKey struct {
 type node struct {
 	key   statKey
 	typ   FileType
-	alloc int64  // bytes allocated on disk
-	meta  *Inode // without extents; must not be changed
-	names []string
-	id    FileID
+	alloc int64 // bytes allocated on disk
+	// mapped is alloc when its holes were last looked at; -1: they have not been.
+	mapped int64
+	meta   *Inode // without extents; must not be changed
+	names  []string
+	id     FileID
 }
 
 // scanned is what is under a directory. The root itself has the name "".
@@ -154,7 +156,7 @@ func (s *scanner) entry(dirfd int, name, rel, proc string) error {
 func (s *scanner) add(rel string, st *unix.Statx_t, typ FileType, proc string) error {
 	n := s.byIno[st.Ino]
 	if n == nil || n.typ != typ {
-		n = &node{typ: typ, alloc: int64(st.Blocks) * 512, key: keyOf(st)}
+		n = &node{typ: typ, alloc: int64(st.Blocks) * 512, mapped: -1, key: keyOf(st)}
 		if s.known != nil {
 			n.meta = s.known(n.key, typ)
 		}

@@ -218,6 +218,7 @@ func (v *Volume) MarkClean(ctx context.Context, ref SnapshotRef) error {
 	if err := v.SyncFS(ctx); err != nil {
 		return err
 	}
+	v.stopFollowing() // nobody writes it any more
 	return v.setState(func(st *VolumeState) { st.Phase = PhaseClean })
 }
 

@@ -118,13 +118,6 @@ func (v *Volume) startFollowing() error {
 	return nil
 }
 
-func (v *Volume) openTracker() (tracker, error) {
-	if v.cfg.track != nil {
-		return v.cfg.track()
-	}
-	return nil, errors.New("there is no tracker in this build")
-}
-
 const noPast = "nothing is known of the time before"
 
 // scanAll lists the whole volume.

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"dbsupervisor/internal/track"
 )
 
 // volOracle is a tracker that finds out by comparing everything with a copy of its own. It
@@ -22,15 +24,15 @@ type volOracle struct {
 	kind map[uint64]string
 	stat map[string]string
 	// lie may change what is told.
-	lie    func(ch *trackedChanges)
+	lie    func(ch *track.Changes)
 	drains int
 
-	unsettled []*trackedChanges
+	unsettled []*track.Changes
 	again     bool
 }
 
-func (o *volOracle) Drain(context.Context) (*trackedChanges, error) {
-	ch := &trackedChanges{Inodes: map[uint64]*trackedInode{}}
+func (o *volOracle) Drain(context.Context) (*track.Changes, error) {
+	ch := &track.Changes{Inodes: map[uint64]*track.Inode{}}
 	if o.data == nil {
 		ch.Lost, ch.NamesLost = "just begun", "just begun"
 	}
@@ -68,13 +70,13 @@ func (o *volOracle) Drain(context.Context) (*trackedChanges, error) {
 		if !ok || bytes.Equal(old, b) && o.kind[ino] == kind[ino] {
 			continue
 		}
-		in := &trackedInode{}
+		in := &track.Inode{}
 		b, old = b[:len(b)-1], old[:len(old)-1]
 		const step = 4096
 		for at := 0; at < len(b); at += step {
 			to := min(at+step, len(b))
 			if to > len(old) || !bytes.Equal(b[at:to], old[at:to]) {
-				in.Written = append(in.Written, trackedRange{int64(at), int64(to)})
+				in.Written = append(in.Written, track.Range{From: int64(at), To: int64(to)})
 			}
 		}
 		n := min(len(kind[ino]), len(o.kind[ino]))
@@ -98,12 +100,12 @@ func (o *volOracle) Drain(context.Context) (*trackedChanges, error) {
 	}
 	told := ch
 	if o.again {
-		told = &trackedChanges{Inodes: map[uint64]*trackedInode{}, NamesLost: "restarted"}
+		told = &track.Changes{Inodes: map[uint64]*track.Inode{}, NamesLost: "restarted"}
 		for _, u := range append(o.unsettled, ch) {
 			for ino, in := range u.Inodes {
 				e := told.Inodes[ino]
 				if e == nil {
-					e = &trackedInode{}
+					e = &track.Inode{}
 					told.Inodes[ino] = e
 				}
 				e.Written, e.Ranged = append(e.Written, in.Written...), e.Ranged || in.Ranged
@@ -128,6 +130,7 @@ func (o *volOracle) Remove() error { return nil }
 // volTracked makes a volume follow an oracle, which outlives the agent as the kernel does.
 func volTracked(t testing.TB, o *volOracle) func(*VolumeConfig) {
 	return func(c *VolumeConfig) {
+		c.Tier = TierTracked
 		c.track = func() (tracker, error) {
 			if root := filepath.Join(c.Dir, "volume"); o.root != root {
 				*o = volOracle{t: t, root: root, lie: o.lie}

@@ -2,6 +2,8 @@ package sync
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -12,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
+
+	"dbsupervisor/internal/track"
 )
 
 // volWorld changes a directory at random, as databases and people do.
@@ -19,7 +23,8 @@ type volWorld struct {
 	t    *rapid.T
 	root string
 	n    int
-	rich bool // with what not every file system has
+	rich bool    // with what not every file system has
+	hand volHand // nil: this process
 }
 
 // list returns what is there, by kind, sorted.
@@ -68,23 +73,35 @@ func (w *volWorld) size() int64 {
 	).Draw(w.t, "size")
 }
 
-// open makes an edit to a file's content and closes it.
-func (w *volWorld) open(p string, edit func(f *os.File) error) {
-	f, err := os.OpenFile(p, os.O_RDWR|os.O_CREATE, 0o640)
-	w.must(err)
-	w.must(edit(f))
-	w.must(f.Close())
+// op does something; what may fail is not done with it.
+func (w *volWorld) op(o volOp) { w.must(w.by().do(o)) }
+
+// try is for what some file systems refuse.
+func (w *volWorld) try(o volOp) {
+	err := w.by().do(o)
+	var no unix.Errno
+	if err != nil && !errors.As(err, &no) {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *volWorld) by() volHand {
+	if w.hand == nil {
+		w.hand = &volDoer{maps: map[string][]byte{}}
+	}
+	return w.hand
 }
 
 func (w *volWorld) step() {
 	files, dirs, links := w.list()
-	ops := []string{"create", "create", "mkdir", "symlink", "dirmeta"}
+	ops := []string{"create", "create", "mkdir", "symlink", "dirmeta", "fifo"}
 	if len(files) > 0 {
 		ops = append(ops, "write", "write", "write", "write", "zeros", "truncate", "regrow", "rename", "renameover", "link",
-			"punch", "fallocate", "remove", "recreate", "xattr", "unxattr", "chmod", "chown", "utimes", "samewrite", "filetodir")
+			"punch", "fallocate", "fallocate", "collapse", "insert", "clone", "copyrange", "direct", "direct", "store", "store", "store", "unmap",
+			"remove", "recreate", "xattr", "acl", "unxattr", "chmod", "chown", "utimes", "samewrite", "filetodir")
 	}
 	if len(files) > 0 && w.rich {
-		ops = append(ops, "movehole", "movehole", "collapse", "insert", "zerorange", "acl", "bigxattr", "clonerange", "emptied", "emptied", "suid")
+		ops = append(ops, "movehole", "movehole", "diracl", "bigxattr", "emptied", "emptied", "suid")
 	}
 	if len(dirs) > 1 {
 		ops = append(ops, "dirrename", "rmdir")
@@ -93,163 +110,185 @@ func (w *volWorld) step() {
 		ops = append(ops, "unlink", "relink")
 	}
 	file := func() string { return w.pick("file", files) }
+	seeded := func() []byte {
+		return volData(byte(rapid.IntRange(0, 255).Draw(w.t, "seed")), int(w.size()))
+	}
+	off := func() int64 { return rapid.Int64Range(0, 24*BlockSize).Draw(w.t, "off") }
+	blocks := func(most int64) int64 { return rapid.Int64Range(0, most).Draw(w.t, "blocks") * BlockSize }
 	switch op := w.pick("op", ops); op {
 	case "create":
-		w.open(w.fresh(dirs), func(f *os.File) error {
-			_, err := f.Write(volData(byte(w.n), int(w.size())))
-			return err
-		})
+		w.op(volOp{Do: "write", Path: w.fresh(dirs), Data: volData(byte(w.n), int(w.size()))})
 	case "mkdir":
-		w.must(os.Mkdir(w.fresh(dirs), 0o750))
+		w.op(volOp{Do: "mkdir", Path: w.fresh(dirs), Mode: 0o750})
 	case "symlink":
 		target := rapid.SampledFrom([]string{"n1", "../nowhere", "/no/such/place", "\xff", "/proc/self", "/dev/null"}).Draw(w.t, "target")
-		w.must(os.Symlink(target, w.fresh(dirs)))
+		w.op(volOp{Do: "symlink", Path: w.fresh(dirs), To: target})
 	case "dirmeta":
 		d := w.pick("dir", dirs)
-		w.must(os.Chmod(d, fs.FileMode(rapid.SampledFrom([]uint32{0o700, 0o755, 0o711}).Draw(w.t, "mode"))))
-		w.must(unix.Setxattr(d, "user.d", []byte{byte(w.n)}, 0))
-	case "write", "zeros":
-		off := rapid.Int64Range(0, 24*BlockSize).Draw(w.t, "off")
-		data := volData(byte(rapid.IntRange(0, 255).Draw(w.t, "seed")), int(w.size()))
-		if op == "zeros" {
-			clear(data)
-		}
-		w.open(file(), func(f *os.File) error { _, err := f.WriteAt(data, off); return err })
+		w.op(volOp{Do: "chmod", Path: d, Mode: rapid.SampledFrom([]uint32{0o700, 0o755, 0o711}).Draw(w.t, "mode")})
+		w.op(volOp{Do: "setxattr", Path: d, Name: "user.d", Data: []byte{byte(w.n)}})
+	case "fifo":
+		w.op(volOp{Do: "mknod", Path: w.fresh(dirs), Mode: unix.S_IFIFO | 0o600})
+	case "write":
+		w.op(volOp{Do: "write", Path: file(), Off: off(), Data: seeded()})
+	case "zeros":
+		w.op(volOp{Do: "write", Path: file(), Off: off(), Data: make([]byte, w.size())})
+	case "direct":
+		w.try(volOp{Do: "direct", Path: file(), Off: off(), Data: seeded()})
+	case "store":
+		w.op(volOp{Do: "store", Path: file(), Off: off(), Data: []byte{byte(w.n), 1, 2, 3}})
+	case "unmap":
+		w.op(volOp{Do: "unmap"})
 	case "samewrite":
-		w.open(file(), func(f *os.File) error {
-			b := make([]byte, 100)
-			n, _ := f.ReadAt(b, 0)
-			_, err := f.WriteAt(b[:n], 0)
-			return err
-		})
+		w.op(volOp{Do: "same", Path: file(), N: 100})
 	case "truncate":
-		w.must(os.Truncate(file(), w.size()))
+		w.op(volOp{Do: "unmap"}) // a store behind the end would be fatal
+		w.op(volOp{Do: "truncate", Path: file(), N: w.size()})
 	case "regrow":
-		f := file()
-		st, err := os.Stat(f)
-		w.must(err)
-		w.must(os.Truncate(f, st.Size()/2))
-		w.must(os.Truncate(f, st.Size()))
+		w.op(volOp{Do: "unmap"})
+		w.op(volOp{Do: "regrow", Path: file()})
 	case "rename":
-		w.must(os.Rename(file(), w.fresh(dirs)))
+		w.op(volOp{Do: "rename", Path: file(), To: w.fresh(dirs)})
 	case "renameover":
-		w.must(os.Rename(file(), file()))
+		w.op(volOp{Do: "rename", Path: file(), To: file()})
 	case "link":
-		w.must(os.Link(file(), w.fresh(dirs)))
-	case "punch", "fallocate":
-		mode := uint32(unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE)
-		if op == "fallocate" {
-			mode = 0
+		w.op(volOp{Do: "link", Path: file(), To: w.fresh(dirs)})
+	case "punch":
+		w.op(volOp{Do: "fallocate", Path: file(), Mode: unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE,
+			Off: rapid.Int64Range(0, 16*BlockSize).Draw(w.t, "off"), N: rapid.Int64Range(1, 8*BlockSize).Draw(w.t, "len")})
+	case "fallocate":
+		mode := rapid.SampledFrom([]uint32{0, unix.FALLOC_FL_KEEP_SIZE, unix.FALLOC_FL_ZERO_RANGE}).Draw(w.t, "mode")
+		w.try(volOp{Do: "fallocate", Path: file(), Mode: mode,
+			Off: rapid.Int64Range(0, 16*BlockSize).Draw(w.t, "off"), N: rapid.Int64Range(1, 8*BlockSize).Draw(w.t, "len")})
+	case "collapse", "insert":
+		w.op(volOp{Do: "unmap"})
+		mode := uint32(unix.FALLOC_FL_COLLAPSE_RANGE)
+		if op == "insert" {
+			mode = unix.FALLOC_FL_INSERT_RANGE
 		}
-		off, n := rapid.Int64Range(0, 16*BlockSize).Draw(w.t, "off"), rapid.Int64Range(1, 8*BlockSize).Draw(w.t, "len")
-		w.open(file(), func(f *os.File) error { return unix.Fallocate(int(f.Fd()), mode, off, n) })
+		o := volOp{Do: "fallocate", Path: file(), Mode: mode, Off: blocks(4), N: BlockSize + blocks(2)}
+		st, err := os.Stat(o.Path)
+		w.must(err)
+		if o.Off+o.N < st.Size() { // XFS moves mtime before it refuses
+			w.try(o)
+		}
+	case "clone":
+		w.op(volOp{Do: "unmap"})
+		w.try(volOp{Do: "clone", Path: file(), To: file()})
+	case "copyrange":
+		from, to := file(), file()
+		if from != to {
+			w.try(volOp{Do: "copyrange", Path: to, To: from, Off: blocks(8), N: BlockSize + blocks(8)})
+		}
 	case "remove":
-		w.must(os.Remove(file()))
+		w.op(volOp{Do: "remove", Path: file()})
 	case "recreate": // most likely with the same inode number
 		f := file()
-		w.must(os.Remove(f))
-		w.open(f, func(h *os.File) error {
-			_, err := h.Write(volData(byte(rapid.IntRange(0, 255).Draw(w.t, "seed")), int(w.size())))
-			return err
-		})
+		w.op(volOp{Do: "unmap"})
+		w.op(volOp{Do: "remove", Path: f})
+		w.op(volOp{Do: "write", Path: f, Data: seeded()})
 	case "xattr":
-		w.must(unix.Setxattr(file(), "user."+w.pick("name", []string{"a", "b", "long"}), volData(byte(w.n), rapid.IntRange(0, 600).Draw(w.t, "len")), 0))
+		w.op(volOp{Do: "setxattr", Path: file(), Name: "user." + w.pick("name", []string{"a", "b", "long"}), Data: volData(byte(w.n), rapid.IntRange(0, 600).Draw(w.t, "len"))})
+	case "acl": // user 1000 may read
+		w.try(volOp{Do: "setxattr", Path: file(), Name: "system.posix_acl_access", Data: volACL(uint32(rapid.IntRange(0, 7).Draw(w.t, "perm")))})
 	case "unxattr":
-		_ = unix.Removexattr(file(), "user.a") // it may have none
+		w.try(volOp{Do: "removexattr", Path: file(), Name: "user.a"}) // it may have none
 	case "chmod":
-		w.must(unix.Chmod(file(), rapid.SampledFrom([]uint32{0o600, 0o644, 0o4755, 0o2711, 0}).Draw(w.t, "mode")))
+		w.op(volOp{Do: "chmod", Path: file(), Mode: rapid.SampledFrom([]uint32{0o600, 0o644, 0o4755, 0o2711, 0}).Draw(w.t, "mode")})
 	case "chown":
-		id := rapid.IntRange(0, 3).Draw(w.t, "id") * 1000
-		if err := os.Chown(file(), id, id+1); err != nil && os.Geteuid() == 0 {
-			w.t.Fatal(err)
+		id := rapid.Int64Range(0, 3).Draw(w.t, "id") * 1000
+		o := volOp{Do: "chown", Path: file(), Off: id, N: id + 1}
+		if os.Geteuid() == 0 {
+			w.op(o)
+		} else {
+			w.try(o)
 		}
 	case "utimes":
-		ts := unix.NsecToTimespec(rapid.Int64Range(-1e18, 2e18).Draw(w.t, "mtime"))
-		w.must(unix.UtimesNanoAt(unix.AT_FDCWD, file(), []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW))
+		w.op(volOp{Do: "utimes", Path: file(), Off: rapid.Int64Range(-1e18, 2e18).Draw(w.t, "mtime")})
 	case "filetodir":
 		f := file()
-		w.must(os.Remove(f))
-		w.must(os.Mkdir(f, 0o700))
-		w.open(filepath.Join(f, "in"), func(h *os.File) error { _, err := h.Write([]byte("inside")); return err })
+		w.op(volOp{Do: "remove", Path: f})
+		w.op(volOp{Do: "mkdir", Path: f, Mode: 0o700})
+		w.op(volOp{Do: "write", Path: filepath.Join(f, "in"), Data: []byte("inside")})
 	case "movehole": // where there was a hole there is data, and the other way round
 		at := rapid.Int64Range(0, 12).Draw(w.t, "at") * BlockSize
-		w.open(file(), func(f *os.File) error {
-			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, 2*BlockSize); err != nil {
-				return err
-			}
-			_, err := f.WriteAt(volData(byte(at>>13), BlockSize), at+3*BlockSize)
-			return err
-		})
-	case "collapse", "insert", "zerorange":
-		mode := map[string]uint32{"collapse": unix.FALLOC_FL_COLLAPSE_RANGE, "insert": unix.FALLOC_FL_INSERT_RANGE, "zerorange": unix.FALLOC_FL_ZERO_RANGE}[op]
-		at := rapid.Int64Range(0, 12).Draw(w.t, "at") * 4096
-		w.open(file(), func(f *os.File) error {
-			_ = unix.Fallocate(int(f.Fd()), mode, at, 4096) // not everywhere, and not behind the end
-			return nil
-		})
-	case "acl":
-		// user::rwx user:1000:r-- group::r-x mask::r-x other::---
-		acl := "\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x02\x00\x04\x00\xe8\x03\x00\x00\x04\x00\x05\x00\xff\xff\xff\xff\x10\x00\x05\x00\xff\xff\xff\xff\x20\x00\x00\x00\xff\xff\xff\xff"
-		w.must(unix.Setxattr(file(), "system.posix_acl_access", []byte(acl), 0))
-		w.must(unix.Setxattr(w.pick("dir", dirs), "system.posix_acl_default", []byte(acl), 0))
-	case "bigxattr": // as large as the file system takes it
 		f := file()
-		for n := 64 << 10; n > 64 && unix.Setxattr(f, "user.big", volData(byte(w.n), n), 0) != nil; {
-			n /= 2
-		}
-	case "clonerange": // shared extents inside the volume, where there are any
-		from, to := file(), file()
-		w.open(to, func(f *os.File) error {
-			src, err := os.Open(from)
-			if err != nil {
-				return err
+		w.op(volOp{Do: "fallocate", Path: f, Mode: unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE, Off: at, N: 2 * BlockSize})
+		w.op(volOp{Do: "write", Path: f, Off: at + 3*BlockSize, Data: volData(byte(at>>13), BlockSize)})
+	case "diracl":
+		w.op(volOp{Do: "setxattr", Path: w.pick("dir", dirs), Name: "system.posix_acl_default", Data: volACL(5)})
+	case "bigxattr": // as large as the file system takes it
+		o := volOp{Do: "setxattr", Path: file(), Name: "user.big"}
+		for n := 64 << 10; n > 64; n /= 2 {
+			if o.Data = volData(byte(w.n), n); w.by().do(o) == nil {
+				break
 			}
-			defer src.Close()
-			_ = unix.IoctlFileClone(int(f.Fd()), int(src.Fd()))
-			return nil
-		})
+		}
 	case "emptied":
 		f := file()
-		w.must(os.Truncate(f, 0))
-		w.must(os.Truncate(f, w.size()))
-		w.open(f, func(h *os.File) error { _, err := h.WriteAt([]byte("again"), w.size()); return err })
+		w.op(volOp{Do: "unmap"})
+		w.op(volOp{Do: "truncate", Path: f})
+		w.op(volOp{Do: "truncate", Path: f, N: w.size()})
+		w.op(volOp{Do: "write", Path: f, Off: w.size(), Data: []byte("again")})
 	case "suid":
 		f := file()
-		w.must(os.Chown(f, 1000, 2000))
-		w.must(unix.Chmod(f, 0o6751))
+		w.op(volOp{Do: "chown", Path: f, Off: 1000, N: 2000})
+		w.op(volOp{Do: "chmod", Path: f, Mode: 0o6751})
 	case "dirrename":
 		from, to := w.pick("from", dirs[1:]), w.fresh(dirs)
 		if len(to) > len(from) && to[:len(from)+1] == from+"/" {
 			return // into itself
 		}
-		w.must(os.Rename(from, to))
+		w.op(volOp{Do: "rename", Path: from, To: to})
 	case "rmdir":
-		w.must(os.RemoveAll(w.pick("dir", dirs[1:])))
+		w.op(volOp{Do: "removeall", Path: w.pick("dir", dirs[1:])})
 	case "unlink":
-		w.must(os.Remove(w.pick("link", links)))
+		w.op(volOp{Do: "remove", Path: w.pick("link", links)})
 	case "relink":
 		l := w.pick("link", links)
-		w.must(os.Remove(l))
-		w.must(os.Symlink("elsewhere", l))
+		w.op(volOp{Do: "remove", Path: l})
+		w.op(volOp{Do: "symlink", Path: l, To: "elsewhere"})
 	}
+}
+
+// volACL is an access control list with an entry for user 1000.
+func volACL(perm uint32) []byte {
+	b := []byte{2, 0, 0, 0}
+	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, perm, 1000}, {4, 4, ^uint32(0)}, {0x10, 7, ^uint32(0)}, {0x20, 4, ^uint32(0)}} {
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[0]))
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[1]))
+		b = binary.LittleEndian.AppendUint32(b, e[2])
+	}
+	return b
 }
 
 // TestVolumeRandom: whatever happens to a directory, a restored snapshot is equal to it in
 // every bit and attribute, and so is a second volume that follows with deltas, across
 // failed, abandoned and interrupted steps, restarts and reboots.
 func TestVolumeRandom(t *testing.T) {
-	t.Run("disk", func(t *testing.T) { volRandom(t, 8, func() string { return t.TempDir() }, false) })
-	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }, false) })
+	t.Run("disk", func(t *testing.T) { volRandom(t, volKit{checks: 8, temp: t.TempDir}) })
+	t.Run("memory", func(t *testing.T) { volRandom(t, volKit{checks: 40, temp: func() string { return volRAM(t) }}) })
 }
 
 // TestVolumeRandomTracked: the same with what a tracker says.
 func TestVolumeRandomTracked(t *testing.T) {
-	t.Run("disk", func(t *testing.T) { volRandom(t, 10, func() string { return t.TempDir() }, true) })
-	t.Run("memory", func(t *testing.T) { volRandom(t, 40, func() string { return volRAM(t) }, true) })
+	t.Run("disk", func(t *testing.T) { volRandom(t, volKit{checks: 10, temp: t.TempDir, tracked: true}) })
+	t.Run("memory", func(t *testing.T) {
+		volRandom(t, volKit{checks: 40, temp: func() string { return volRAM(t) }, tracked: true})
+	})
 }
 
-func volRandom(t *testing.T, checks int, temp func() string, tracked bool) {
-	volChecks(t, checks)
+// volKit is what a run of random operations is made with.
+type volKit struct {
+	checks  int
+	temp    func() string // makes directories
+	tracked bool
+	hand    volHand // the tracker is the kernel's: nil means one that compares
+}
+
+func volRandom(t *testing.T, kit volKit) {
+	temp := kit.temp
+	volChecks(t, kit.checks)
 	rapid.Check(t, func(rt *rapid.T) {
 		ctx := context.Background()
 		rig := newVolRig(t)
@@ -257,17 +296,25 @@ func volRandom(t *testing.T, checks int, temp func() string, tracked bool) {
 		dir, follow := temp(), temp()
 		oracle := &volOracle{}
 		edit := func(d string) func(*VolumeConfig) {
-			if tracked && d == dir {
+			switch {
+			case kit.tracked && d == dir && kit.hand != nil:
+				return func(c *VolumeConfig) { c.Tier = TierTracked }
+			case kit.tracked && d == dir:
 				return volTracked(t, oracle)
 			}
 			return func(*VolumeConfig) {}
 		}
 		v := rig.open(dir, edit(dir))
 		f := rig.open(follow, nil)
-		defer func() { _ = v.Close(); _ = f.Close() }()
+		defer func() {
+			_ = v.Close()
+			_ = f.Close()
+			_ = track.Discard(filepath.Join(pinRoot, pinName(dir)))
+		}()
 		volOK(t, v.MarkLive(ctx, 1))
 		volOK(t, v.Baseline(ctx, rig.store, SnapshotRef{}))
-		w := &volWorld{t: rt, root: v.Path()}
+		w := &volWorld{t: rt, root: v.Path(), hand: kit.hand, rich: kit.hand != nil}
+		defer func() { volOK(t, w.by().do(volOp{Do: "unmap"})) }()
 		boot := 1
 		again := func(old *Volume, which string) *Volume {
 			volOK(t, old.Close())

@@ -127,7 +127,8 @@ func volBlocks(t testing.TB, p string, size, alloc int64) string {
 	})
 	var fsinfo unix.Statfs_t
 	volOK(t, unix.Fstatfs(int(f.Fd()), &fsinfo))
-	if fsinfo.Type == unix.TMPFS_MAGIC { // it doesn't tell preallocated ranges from holes
+	// tmpfs doesn't tell preallocated ranges from holes, and XFS preallocates by itself.
+	if fsinfo.Type == unix.TMPFS_MAGIC || fsinfo.Type == unix.XFS_SUPER_MAGIC {
 		return strings.ReplaceAll(b.String(), "z", "h")
 	}
 	if err != nil {
@@ -233,7 +234,7 @@ func (r *volRig) ref() SnapshotRef {
 // open opens a volume in dir; edit may be nil.
 func (r *volRig) open(dir string, edit func(*VolumeConfig)) *Volume {
 	r.t.Helper()
-	cfg := VolumeConfig{Dir: dir, Rand: rand.Reader, BootID: "boot-1", Workers: 2}
+	cfg := VolumeConfig{Dir: dir, Rand: rand.Reader, BootID: "boot-1", Workers: 2, Tier: TierHashed}
 	if testing.Verbose() {
 		cfg.Log = hclog.New(&hclog.LoggerOptions{Level: hclog.Warn})
 	}
