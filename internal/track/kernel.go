@@ -29,7 +29,7 @@ const (
 	ctlMissSeen = 48
 	ctlTail     = 64
 	ctlLost     = 72
-	ctlIdentity = 80
+	ctlIdentity = 88
 	ctlBusy     = 128
 	cpus        = 256
 	ctlSize     = ctlBusy + cpus*64
@@ -238,7 +238,7 @@ func asksDirect(fsType string, have []hook) uint32 {
 }
 
 func loadError(err error) error {
-	if errors.Is(err, os.ErrPermission) {
+	if errors.Is(err, unix.EPERM) { // not EACCES, with which the verifier answers
 		if lockedDown() {
 			return fmt.Errorf("%w: the kernel is locked down (confidentiality), which forbids reading its structures: %w", ErrUnsupported, err)
 		}

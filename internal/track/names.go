@@ -212,11 +212,13 @@ func (n *names) event(fd int, wd int32, mask uint32, name string) {
 	if mask&unix.IN_ISDIR == 0 {
 		return
 	}
-	switch {
-	case mask&unix.IN_MOVED_FROM != 0:
+	if mask&unix.IN_MOVED_FROM != 0 {
 		// Wherever it went: there it is watched anew, and looked at as a whole.
 		n.forget(fd, p)
-	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
+	}
+	if mask&(unix.IN_CREATE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO) != 0 {
+		// What is there now, which need not be what the event is about: of two directories
+		// that are exchanged the first comes before the second goes.
 		if err := n.add(fd, p); err != nil {
 			n.broken = err.Error()
 		}

@@ -28,6 +28,7 @@ func hooks() []hook {
 		{program: "dio_complete", point: "iomap_dio_complete", optional: "the same"},
 		{program: "dio_complete_again", point: "iomap_dio_complete", optional: "the same"},
 
+		{program: "dirty_buffer", point: "block_dirty_buffer", fs: ext4, optional: "whole folios are reported"},
 		{program: "ext4_da_write_end", point: "ext4_da_write_end", fs: ext4},
 		{program: "ext4_write_end", point: "ext4_write_end", fs: ext4},
 		{program: "ext4_journalled_write_end", point: "ext4_journalled_write_end", fs: ext4},

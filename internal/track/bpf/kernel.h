@@ -77,6 +77,7 @@ struct kiocb {
 
 struct iov_iter {
 	bool data_source;
+	unsigned long count;
 };
 
 struct address_space {
@@ -92,6 +93,16 @@ struct folio___before_6_15 {
 	unsigned int _folio_nr_pages;
 };
 
+struct page {
+	struct address_space *mapping;
+};
+
+struct buffer_head {
+	struct page *b_page;
+	__u64 b_size;
+	char *b_data;
+};
+
 struct iomap {
 	__u64 length;
 };
@@ -101,6 +112,7 @@ struct iomap_iter {
 	__s64 pos;
 	__u64 len;
 	__s64 iter_start_pos;
+	int status;
 	unsigned int flags;
 	struct iomap iomap;
 };

@@ -20,6 +20,9 @@ const volatile __u32 ask_direct; // 1: nothing tells when direct writes have arr
 #define MAX_CHUNKS  4096        // a longer range makes the file "ranged"
 #define CPUS        256
 
+// ext4 came to have large folios in Linux 6.16.
+#define LARGE_FOLIOS bpf_core_field_exists(((struct folio *)0)->_nr_pages)
+
 #define FLAG_TOUCHED 1 // metadata changed
 #define FLAG_RANGED  2 // content changed in ways that ranges don't tell
 #define FLAG_DIRECT  4 // direct writes began; aux is the inode's address
@@ -51,13 +54,16 @@ struct control {
 	__u64 epoch; // raised by flip; slots of earlier epochs change no more once busy is 0
 	__u64 agent; // thread group whose write calls are not recorded
 	__u64 head;  // first slot that is still needed
-	__u64 user[5];
+	__u64 user[5]; // of the agent
 	__u64 tail; // next free slot; slot n is at n modulo ring_slots
 	__u64 lost; // events that found the ring full
-	__u64 more[6];
+	__u64 whole; // ext4 maps blocks without telling of single buffers: report whole folios
+	__u64 more[5]; // of the agent, too
 	struct {
-		__u64 busy; // programs running now
-		__u64 pad[7];
+		__u64 busy;   // programs running now
+		__u64 task;   // that dirties pages knowingly,
+		__u64 object; // of this inode, or this folio
+		__u64 pad[5];
 	} cpu[CPUS];
 };
 
@@ -274,17 +280,48 @@ static __always_inline int record_flag(struct inode *inode, __u64 flags)
 	return 0;
 }
 
-// ---- pages: everything that becomes dirty in the page cache, stores through mmap too
+// ---- pages: what becomes dirty in the page cache, by stores through mmap
 
-static __always_inline __u64 folio_pages(struct folio *folio)
+// read is for what the verifier has no type of: of a union it takes the first member.
+#define read(to, from) bpf_probe_read_kernel(&(to), sizeof(to), &(from))
+
+static __always_inline __u64 folio_bytes(struct folio *folio)
 {
+	struct folio___before_6_15 *old = (void *)folio;
 	__u64 flags = 0;
+	__u32 pages = 1;
 	bpf_probe_read_kernel(&flags, sizeof(flags), folio);
-	if (!(flags & 1ULL << bpf_core_enum_value(enum pageflags, PG_head)))
-		return 1;
-	if (bpf_core_field_exists(folio->_nr_pages))
-		return folio->_nr_pages;
-	return ((struct folio___before_6_15 *)folio)->_folio_nr_pages;
+	if (flags & 1ULL << bpf_core_enum_value(enum pageflags, PG_head)) {
+		if (bpf_core_field_exists(folio->_nr_pages))
+			read(pages, folio->_nr_pages);
+		else
+			read(pages, old->_folio_nr_pages);
+	}
+	return (__u64)pages << page_shift;
+}
+
+// knows says that this task is dirtying an inode's pages, or a folio, and that the program
+// that sees it do so records it more exactly than the folio: a write call that dirties a
+// large folio changes little of it. The note is kept for the processor; if the task moves
+// to another, or is interrupted by one that does the same, the whole folio is recorded.
+static __always_inline void knows(struct control *c, __u32 cpu, void *object)
+{
+	cpu &= CPUS - 1;
+	c->cpu[cpu].task = object ? (__u64)bpf_get_current_task_btf() : 0;
+	c->cpu[cpu].object = (__u64)object;
+}
+
+static __always_inline bool known(struct control *c, __u32 cpu, void *object)
+{
+	cpu &= CPUS - 1;
+	return c->cpu[cpu].object == (__u64)object &&
+	       c->cpu[cpu].task == (__u64)bpf_get_current_task_btf();
+}
+
+// by_agent_here is for stores: reclaiming memory the agent may meet somebody else's.
+static __always_inline bool by_agent_here(struct control *c)
+{
+	return by_agent(c) && !(bpf_get_current_task_btf()->flags & PF_MEMALLOC);
 }
 
 SEC("tp_btf/writeback_dirty_folio")
@@ -294,7 +331,7 @@ int dirty_folio(__u64 *ctx)
 	struct address_space *mapping = (struct address_space *)ctx[1];
 	struct inode *inode;
 	struct control *c;
-	__u64 from;
+	__u64 from, bytes;
 	__u32 cpu;
 	if (!mapping)
 		return 0;
@@ -304,11 +341,47 @@ int dirty_folio(__u64 *ctx)
 	c = enter(&cpu);
 	if (!c)
 		return 0;
-	// The agent's own stores don't count, but reclaiming memory it may find the store of
-	// somebody else.
-	if (!by_agent(c) || bpf_get_current_task_btf()->flags & PF_MEMALLOC) {
+	if (!by_agent_here(c) && !known(c, cpu, inode)) {
 		from = (__u64)folio->index << page_shift;
-		mark(c, inode, from, from + (folio_pages(folio) << page_shift), true);
+		bytes = folio_bytes(folio);
+		if (bytes <= 1 << BLOCK_SHIFT || c->whole || !known(c, cpu, folio))
+			mark(c, inode, from, from + bytes, true);
+	}
+	leave(c, cpu);
+	return 0;
+}
+
+// On ext4 a page is stored to only after all buffers of its folio have been dirtied here, in
+// the page fault, whether they were dirty before or not; a write call dirties those that it
+// changes. Used where ext4 has large folios.
+SEC("tp_btf/block_dirty_buffer")
+int dirty_buffer(__u64 *ctx)
+{
+	struct buffer_head *bh = (struct buffer_head *)ctx[0];
+	struct folio *folio = (struct folio *)bh->b_page; // the first page of its folio
+	struct address_space *mapping = bh->b_page->mapping;
+	struct inode *inode;
+	struct control *c;
+	unsigned long index = 0;
+	__u64 from, bytes;
+	__u32 cpu;
+	if (!mapping)
+		return 0;
+	inode = mapping->host;
+	if (!inode || !ours(inode))
+		return 0;
+	bytes = folio_bytes(folio);
+	if (bytes <= 1 << BLOCK_SHIFT)
+		return 0;
+	c = enter(&cpu);
+	if (!c)
+		return 0;
+	if (!by_agent_here(c)) {
+		// Folios are aligned to their size in memory.
+		read(index, folio->index);
+		from = ((__u64)index << page_shift) + ((__u64)bh->b_data & (bytes - 1));
+		mark(c, inode, from, from + bh->b_size, true);
+		knows(c, cpu, folio);
 	}
 	leave(c, cpu);
 	return 0;
@@ -331,6 +404,14 @@ int ext4_write_end(__u64 *ctx)
 	struct inode *inode = (struct inode *)ctx[0];
 	__s64 pos = (__s64)ctx[1];
 	__u32 len = (__u32)ctx[2];
+	struct control *c = shared();
+	// Without delayed allocation (mounted so, or nearly full) a page fault need not touch
+	// the buffers. What became dirty before may be stored to unseen.
+	if (c && !c->whole && ours(inode)) {
+		c->whole = 1;
+		if (LARGE_FOLIOS)
+			__sync_fetch_and_add(&c->lost, 1);
+	}
 	return record(inode, pos, pos + len);
 }
 
@@ -353,41 +434,54 @@ int iomap_iter(__u64 *ctx)
 	__u32 flags = iter->flags;
 	struct inode *inode = iter->inode;
 	struct control *c;
-	__s64 from, to;
+	__s64 from, to, left;
 	__u32 cpu;
+	bool first;
 
-	// Page faults dirty a folio, which is seen as such.
-	if (!(flags & (IOMAP_WRITE | IOMAP_ZERO | IOMAP_UNSHARE)) || flags & IOMAP_FAULT)
+	if (!(flags & (IOMAP_WRITE | IOMAP_ZERO | IOMAP_UNSHARE)) || !ours(inode))
 		return 0;
-	if (flags & IOMAP_DIRECT) {
+	c = enter(&cpu);
+	if (!c)
+		return 0;
+	first = !iter->iomap.length;
+	if (flags & IOMAP_FAULT) {
+		// A page of XFS is stored to only after this, whether it was dirty or not.
+		if (first && !by_agent_here(c))
+			mark(c, inode, iter->pos, iter->pos + iter->len, true);
+	} else if (flags & IOMAP_DIRECT) {
 		// The whole range, before the first extent is looked up.
-		if (!ask_direct || iter->iomap.length || !ours(inode))
-			return 0;
-		c = enter(&cpu);
-		if (!c)
-			return 0;
-		if (!by_agent(c)) {
+		if (first && ask_direct && !by_agent(c)) {
 			flag(c, inode, FLAG_DIRECT);
 			mark(c, inode, iter->pos, iter->pos + iter->len, false);
 		}
-		leave(c, cpu);
-		return 0;
+	} else {
+		// What was done since the last call, after it was done.
+		from = to = iter->pos;
+		left = iter->len;
+		if (bpf_core_field_exists(iter->iter_start_pos))
+			from = iter->iter_start_pos;
+		if (bpf_core_field_exists(old->processed)) {
+			if (!first && old->processed > 0) {
+				to += old->processed;
+				left -= old->processed;
+			} else if (!first) {
+				left = 0; // an error, which ends it
+			}
+		} else if (iter->status < 0) {
+			left = 0;
+		}
+		if (!first && !by_agent(c))
+			mark(c, inode, from, to, false);
+		knows(c, cpu, left > 0 ? inode : NULL);
 	}
-	// What was done since the last call, after it was done.
-	if (!iter->iomap.length)
-		return 0;
-	from = to = iter->pos;
-	if (bpf_core_field_exists(iter->iter_start_pos))
-		from = iter->iter_start_pos;
-	if (bpf_core_field_exists(old->processed) && old->processed > 0)
-		to += old->processed;
-	return record(inode, from, to);
+	leave(c, cpu);
+	return 0;
 }
 
 // ---- direct writes, after the data has arrived. Also in interrupts, whoever they hit, so
 // that nothing is said of who wrote.
 
-static __always_inline int direct(struct inode *inode, __s64 from, __s64 to, bool failed)
+static __always_inline int direct(struct inode *inode, __s64 from, __s64 to)
 {
 	struct control *c;
 	__u32 cpu;
@@ -396,16 +490,13 @@ static __always_inline int direct(struct inode *inode, __s64 from, __s64 to, boo
 	c = enter(&cpu);
 	if (!c)
 		return 0;
-	if (failed)
-		flag(c, inode, FLAG_RANGED);
-	else
-		mark(c, inode, from, to, false);
+	mark(c, inode, from, to, false);
 	leave(c, cpu);
 	return 0;
 }
 
-// Direct writes under way, by the address of their control block: reads complete in the same
-// place and look the same there.
+// The lengths of direct writes under way, by the address of their control block: reads
+// complete in the same place and look the same there.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
@@ -418,7 +509,7 @@ int dio_begin(__u64 *ctx)
 {
 	struct kiocb *iocb = (struct kiocb *)ctx[0];
 	struct iov_iter *iter = (struct iov_iter *)ctx[1];
-	__u64 key = (__u64)iocb, one = 1;
+	__u64 key = (__u64)iocb, len = iter->count;
 	struct control *c;
 	if (!ours(iocb->ki_filp->f_inode))
 		return 0;
@@ -427,7 +518,7 @@ int dio_begin(__u64 *ctx)
 		return 0;
 	if (!iter->data_source || by_agent(c))
 		bpf_map_delete_elem(&writes, &key);
-	else if (bpf_map_update_elem(&writes, &key, &one, BPF_ANY))
+	else if (bpf_map_update_elem(&writes, &key, &len, BPF_ANY))
 		__sync_fetch_and_add(&c->lost, 1);
 	return 0;
 }
@@ -437,10 +528,16 @@ static __always_inline int dio_completed(__u64 *ctx, bool last)
 	struct kiocb *iocb = (struct kiocb *)ctx[0];
 	__s64 done = (__s64)ctx[2], end = iocb->ki_pos;
 	struct inode *inode = iocb->ki_filp->f_inode;
-	__u64 key = (__u64)iocb;
-	if (!done || !ours(inode) || !bpf_map_lookup_elem(&writes, &key))
+	__u64 key = (__u64)iocb, *len;
+	if (!ours(inode))
 		return 0;
-	direct(inode, end - done, end, done < 0);
+	len = bpf_map_lookup_elem(&writes, &key);
+	if (!len)
+		return 0;
+	if (done > 0)
+		direct(inode, end - done, end);
+	else // whatever has arrived of it
+		direct(inode, end, end + *len);
 	if (last)
 		bpf_map_delete_elem(&writes, &key);
 	return 0;
@@ -466,7 +563,7 @@ int xfs_end_io_direct_write(__u64 *ctx)
 {
 	struct xfs_inode *ip = (struct xfs_inode *)ctx[0];
 	__s64 pos = (__s64)ctx[1], len = (__s64)ctx[2];
-	return direct(&ip->i_vnode, pos, pos + len, len < 0);
+	return direct(&ip->i_vnode, pos, pos + len);
 }
 
 // ---- operations on ranges and sizes: ext4

@@ -1,0 +1,3 @@
+package track
+
+func agentMain() int { return 0 }
