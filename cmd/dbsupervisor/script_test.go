@@ -32,6 +32,9 @@ func TestScripts(t *testing.T) {
 			if cond == "root" {
 				return os.Getuid() == 0, nil
 			}
+			if cond == "docker" {
+				return exists("/var/run/docker.sock"), nil
+			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Setup: func(e *testscript.Env) error {

@@ -295,11 +295,12 @@ const pruneEvery = time.Hour
 
 // pruneForks removes what has been kept as a fork for long enough.
 func (s *Supervisor) pruneForks(ctx context.Context) {
+	ages := newForkAges(s.cfg.FS, filepath.Join(s.set.Dir, "state"))
 	for {
 		s.mu.Lock()
 		keep := s.set.Sync.ForkKeep
 		s.mu.Unlock()
-		gone, err := s.volume.PruneForks(keep, s.clock.Wall())
+		gone, err := s.expireForks(ages, keep)
 		if err != nil {
 			s.fail("old forks not removed", err)
 		}

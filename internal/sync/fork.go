@@ -131,9 +131,9 @@ func listForks(fsys fsx.FS, dir string) ([]Fork, error) {
 	return out, nil
 }
 
-// PruneForks deletes the forks that were set aside longer than keep before now, and what a
+// PruneForks deletes the forks that the caller says have been kept for long enough, and what a
 // crash left of others. It returns the names of the forks whose data it deleted.
-func (v *Volume) PruneForks(keep time.Duration, now time.Time) ([]string, error) {
+func (v *Volume) PruneForks(expired func(Fork) bool) ([]string, error) {
 	v.op.Lock()
 	defer v.op.Unlock()
 	forks, err := v.Forks()
@@ -151,7 +151,7 @@ func (v *Volume) PruneForks(keep time.Duration, now time.Time) ([]string, error)
 	var gone []string
 	for _, e := range es {
 		f, ok := whole[e.Name()]
-		if ok && (f.Time.IsZero() || now.Sub(f.Time) <= keep) {
+		if ok && (f.Time.IsZero() || !expired(f)) {
 			continue
 		}
 		dir := filepath.Join(v.forksDir(), e.Name())
