@@ -84,7 +84,7 @@ func (a *app) decommission(ctx context.Context, cfg *config.Config, erase, yes b
 			return fail(err)
 		}
 		// Only one process can have the volume open.
-		v, err := openVolume(cfg, boot, hclog.NewNullLogger())
+		v, err := openVolume(cfg, boot, volsync.TierHashed, hclog.NewNullLogger())
 		if errors.Is(err, volsync.ErrVolumeLocked) {
 			return fail(err)
 		}
