@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -79,10 +80,30 @@ func inGuest(t *testing.T, k qemu.Kernel, name, pkg, script string) string {
 	return strings.Join(lines, "\n")
 }
 
+// ran fails if what a guest said does not show that tests passed, and that none was left out but
+// those named.
+func ran(t *testing.T, out string, skipped ...string) {
+	t.Helper()
+	if !strings.Contains(out, "--- PASS: Test") || strings.Contains(out, "no tests to run") {
+		t.Error("no test ran")
+	}
+	for line := range strings.Lines(out) {
+		_, what, skip := strings.Cut(line, "--- SKIP: ")
+		if skip && !slices.ContainsFunc(skipped, func(s string) bool { return strings.HasPrefix(what, s+" ") }) {
+			t.Errorf("left out: %s", what)
+		}
+	}
+}
+
 // TestTrack: internal/track's tests, with real programs in the kernel.
 func TestTrack(t *testing.T) {
 	out := inGuest(t, kernel(t), "track", "dbsupervisor/internal/track", "/test/test -test.v -test.timeout=9m")
-	if !strings.Contains(out, "--- PASS") || strings.Contains(out, "no tests to run") {
-		t.Error("no test ran")
-	}
+	ran(t, out, "TestObjectIsOfTheSource") // it looks at the source
+}
+
+// TestVolume: the contract of a volume, with what this kernel reports and without.
+func TestVolume(t *testing.T) {
+	out := inGuest(t, kernel(t), "volume", "dbsupervisor/internal/sync",
+		"/test/test -test.v -test.timeout=9m -test.run='^TestVolumeRandom(Kernel|Hashed)$'")
+	ran(t, out)
 }
