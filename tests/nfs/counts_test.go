@@ -69,8 +69,13 @@ func TestCounts(t *testing.T) {
 		if real == 0 || server.total(op) < real {
 			t.Errorf("%d %s of the client, %d of the server", real, op, server.total(op))
 		}
-		// READ differs with the client's read-ahead.
-		if op != "READ" && real != sim {
+		// READ differs with the client's read-ahead; a slow machine's client may send what is
+		// dirty before it has all of it.
+		more := 0
+		if op == "WRITE" {
+			more = sim / 4
+		}
+		if op != "READ" && (real < sim || real > sim+more) {
 			t.Errorf("%d %s of the client, %d of the simulated one", real, op, sim)
 		}
 	}
