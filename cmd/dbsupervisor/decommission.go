@@ -65,6 +65,9 @@ func (a *app) decommission(ctx context.Context, cfg *config.Config, erase, yes b
 	if err := gate.Remove(ctx); err != nil {
 		return fail(err)
 	}
+	if err := volsync.Untrack(cfg.Dir); err != nil {
+		return fail(err)
+	}
 	// Others forget a silent instance by themselves: a share that can't be reached is no obstacle.
 	if err := cfg.ShareMounted(); err == nil {
 		beats, err := filepath.Glob(filepath.Join(cfg.Share, "members", cfg.Instance+"~*"))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -43,6 +44,15 @@ func (v *Volume) openTracker() (tracker, error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// Untrack ends what the kernel collects about the volume in an instance's directory, for good. No
+// agent may run. It is idempotent.
+func Untrack(dir string) error {
+	if err := os.RemoveAll(filepath.Join(pinRoot, pinName(dir))); err != nil {
+		return fmt.Errorf("end tracking: %w", err)
+	}
+	return nil
 }
 
 // pinName is the name under which tracking in an instance's directory is pinned: the path
