@@ -93,7 +93,9 @@ func (s *Supervisor) capture(ctx context.Context, stopped bool) (api.SyncResult,
 	if !stopped {
 		req.Freezer, req.BeforeFreeze, req.AfterFreeze = fr, s.db.beforeFreeze, s.db.afterFreeze
 	}
+	alarm := s.volume.Tracking().Alarm
 	c, err := s.volume.Capture(ctx, req)
+	s.noteAlarm(alarm)
 	if err != nil {
 		return res, hintCapture(err)
 	}

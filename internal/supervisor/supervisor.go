@@ -369,6 +369,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 		s.servedAt = s.clock.Now()
 		s.retainAt = s.clock.Now().Add(s.retainPause())
 		s.upkeep.keeper = s.store.NewKeeper()
+		go s.proveTracker(s.termCtx)
 		s.db.forgive()
 	}
 }

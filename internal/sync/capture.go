@@ -112,22 +112,26 @@ func (v *Volume) capture(ctx context.Context, req CaptureRequest) (*Capture, err
 			return nil, err
 		}
 	}
-	if v.pend == nil {
-		sp, err := v.newSpool()
+	var c *Capture
+	for attempt := 1; ; attempt++ {
+		if v.pend == nil {
+			sp, err := v.newSpool()
+			if err != nil {
+				return nil, err
+			}
+			v.pend = newPending(v.base, v.idx, sp)
+		}
+		det, err := v.detector(req)
 		if err != nil {
 			return nil, err
 		}
-		v.pend = newPending(v.base, v.idx, sp)
-	}
-	det, err := v.detector(req)
-	if err != nil {
-		return nil, err
-	}
-	var c *Capture
-	for attempt := 1; ; attempt++ {
 		p := &pass{v: v, p: v.pend, req: req, det: det}
 		c, err = p.run(ctx)
 		p.sumUp(c, err)
+		if errors.Is(err, errUnreported) {
+			v.alarm(err) // this ends tracking
+			continue
+		}
 		if errors.Is(err, errLostFrozen) && attempt < 3 {
 			v.log.Warn("the tracker lost reports in the freeze; the capture begins anew", "error", err)
 			continue
@@ -135,10 +139,10 @@ func (v *Volume) capture(ctx context.Context, req CaptureRequest) (*Capture, err
 		if err != nil && p.spoiled {
 			v.dropWork() // gives the room back
 		}
+		if err != nil {
+			return nil, err
+		}
 		break
-	}
-	if err != nil {
-		return nil, err
 	}
 	v.out = c
 	return c, nil

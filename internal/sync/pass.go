@@ -52,6 +52,9 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 	if c.found, err = p.det.census(); err != nil {
 		return nil, err
 	}
+	if err := p.v.explainSuspects(); err != nil {
+		return nil, err
+	}
 	c.Skipped = c.found.others()
 	c.Delta, c.Blocks, err = p.p.delta(c.found)
 	if err != nil {

@@ -99,6 +99,7 @@ type Volume struct {
 	follow   *follower // nil in the tier "hashed"
 	distrust string    // why the tracker is not believed any more
 	pace     pace
+	rehash   rehash
 }
 
 // OpenVolume takes possession of the directory, creating what is missing, and cleans up

@@ -1,0 +1,244 @@
+package sync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"dbsupervisor/internal/track"
+)
+
+// volFollowed is a volume that follows an oracle, with some files, captured once.
+func volFollowed(t *testing.T) (*volRig, *Volume, *volOracle) {
+	t.Helper()
+	rig, o := newVolRig(t), &volOracle{}
+	v := rig.live(volTracked(t, o))
+	for i := range 5 {
+		volWrite(t, filepath.Join(v.Path(), fmt.Sprint("f", i)), 0, volData(byte(i+1), 40*BlockSize))
+	}
+	rig.snapshot(v, CaptureRequest{})
+	return rig, v, o
+}
+
+// TestTrackedReadsOnlyWhatWasReported: the cost follows the change, also of names.
+func TestTrackedReadsOnlyWhatWasReported(t *testing.T) {
+	rig, v, _ := volFollowed(t)
+	for i := range 300 {
+		volOK(t, os.Mkdir(filepath.Join(v.Path(), fmt.Sprint("d", i)), 0o700))
+	}
+	rig.snapshot(v, CaptureRequest{})
+	volWrite(t, filepath.Join(v.Path(), "f3"), 7*BlockSize+5, []byte("changed"))
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	s := c.Stats
+	if s.Tier != TierTracked || s.ReadBytes != BlockSize || s.FrozenBytes != 0 || s.Names > 5 || c.Blocks.Blocks() != 1 {
+		t.Fatalf("one block cost %+v", s)
+	}
+	volSame(t, "one block", volDescribe(t, v.Path()), rig.restored(ref))
+	c, _ = rig.snapshot(v, CaptureRequest{})
+	if s := c.Stats; !c.Unchanged() || s.ReadBytes+s.FrozenBytes != 0 || s.Names != 0 {
+		t.Fatalf("nothing cost %+v", s)
+	}
+	// A recycled file is the same file.
+	volOK(t, os.Rename(filepath.Join(v.Path(), "f1"), filepath.Join(v.Path(), "f9")))
+	c, ref = rig.snapshot(v, CaptureRequest{})
+	if s := c.Stats; s.ReadBytes+s.FrozenBytes != 0 {
+		t.Fatalf("a renamed file was read: %+v", s)
+	}
+	volSame(t, "renamed", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
+// TestTrackedCarries: a page that was reported dirty once is looked at in the freeze and
+// after it, although nothing is reported of it again.
+func TestTrackedCarries(t *testing.T) {
+	rig, v, o := volFollowed(t)
+	p := filepath.Join(v.Path(), "f2")
+	var ino uint64
+	for n, e := range v.follow.now.names {
+		if n == "f2" {
+			ino = e.key.Ino
+		}
+	}
+	dirty := func(ch *track.Changes) {
+		in := ch.Inodes[ino]
+		delete(ch.Inodes, ino)
+		if in != nil && o.drains%100 == 3 { // the one that follows the syncfs
+			ch.Inodes[ino] = &track.Inode{Dirtied: []track.Range{{From: 5 * BlockSize, To: 6 * BlockSize}}}
+		}
+	}
+	at := o.drains
+	o.drains = 0
+	_ = at
+	o.lie = dirty
+	stores := byte(0)
+	store := func() { // as through a mapping: moves no time
+		st, err := os.Stat(p)
+		volOK(t, err)
+		stores++
+		volWrite(t, p, 5*BlockSize, []byte{stores, stores})
+		volOK(t, os.Chtimes(p, st.ModTime(), st.ModTime()))
+	}
+	// The page becomes dirty between the syncfs and the drain after it.
+	inner := v.follow.sync
+	v.follow.sync = func(ctx context.Context) error {
+		err := inner(ctx)
+		store()
+		return err
+	}
+	_, ref := rig.snapshot(v, CaptureRequest{BeforeFreeze: func(context.Context) error { store(); return nil }})
+	volSame(t, "in the freeze", volDescribe(t, v.Path()), rig.restored(ref))
+	v.follow.sync = inner
+	// Still dirty: the next store raises nothing.
+	store()
+	_, ref = rig.snapshot(v, CaptureRequest{})
+	volSame(t, "after the next syncfs", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
+// TestTrackedRehash: a tracker that drops a range is found out, and the snapshot is right.
+func TestTrackedRehash(t *testing.T) {
+	ctx := context.Background()
+	rig, v, o := volFollowed(t)
+	prove := func() { volOK(t, v.Rehash(ctx, 10<<20)) }
+	prove()
+	// What was reported, or is about to be, is no alarm.
+	volWrite(t, filepath.Join(v.Path(), "f0"), 3*BlockSize, []byte("x"))
+	prove()
+	rig.snapshot(v, CaptureRequest{})
+	if s := v.Tracking(); s.Alarms != 0 || s.RehashChecked == 0 {
+		t.Fatalf("honest tracker: %+v", s)
+	}
+	o.lie = func(ch *track.Changes) {
+		ch.Inodes, ch.Names = map[uint64]*track.Inode{}, nil
+	}
+	p := filepath.Join(v.Path(), "f4")
+	st, err := os.Stat(p)
+	volOK(t, err)
+	volWrite(t, p, 9*BlockSize, []byte("dropped"))
+	volOK(t, os.Chtimes(p, st.ModTime(), st.ModTime()))
+	rig.snapshot(v, CaptureRequest{}) // believes it
+	prove()
+	_, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "after the alarm", volDescribe(t, v.Path()), rig.restored(ref))
+	s := v.Tracking()
+	tier, why := v.Tier()
+	if s.Alarms != 1 || s.Alarm == "" || tier != TierHashed || why == "" {
+		t.Fatalf("a dropped range was not found: %+v, tier %s (%s)", s, tier, why)
+	}
+	// From here on it is read.
+	volWrite(t, p, 0, []byte("later"))
+	_, ref = rig.snapshot(v, CaptureRequest{})
+	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
+// TestTrackedLoss: lost reports cost a look by stat, wherever they are lost.
+func TestTrackedLoss(t *testing.T) {
+	for name, when := range map[string]int{"before the syncfs": 1, "in the gap": 2, "after the syncfs": 3, "in the freeze": 4} {
+		t.Run(name, func(t *testing.T) {
+			rig, v, o := volFollowed(t)
+			volWrite(t, filepath.Join(v.Path(), "f1"), 2*BlockSize, []byte("lost"))
+			o.drains = 0
+			o.lie = func(ch *track.Changes) {
+				if o.drains == 1 {
+					ch.Inodes = map[uint64]*track.Inode{}
+				}
+				if o.drains == when {
+					ch.Inodes, ch.Lost = map[uint64]*track.Inode{}, "for the test"
+				}
+			}
+			if when > 1 { // only what that drain had was lost
+				o.lie = func(ch *track.Changes) {
+					if o.drains == when {
+						ch.Inodes, ch.Lost = map[uint64]*track.Inode{}, "for the test"
+					}
+				}
+			}
+			c, ref := rig.snapshot(v, CaptureRequest{BeforeFreeze: func(context.Context) error {
+				if o.drains < 4 {
+					volWrite(t, filepath.Join(v.Path(), "f2"), 2*BlockSize, []byte("late"))
+				}
+				return nil
+			}})
+			volSame(t, "after a loss", volDescribe(t, v.Path()), rig.restored(ref))
+			if v.Tracking().Lost < 2 { // the first is that of the beginning
+				t.Fatalf("not counted: %+v, %+v", v.Tracking(), c.Stats)
+			}
+		})
+	}
+}
+
+// TestTrackedUnexplained: a change that shows in the stat and was not reported is read.
+func TestTrackedUnexplained(t *testing.T) {
+	rig, v, o := volFollowed(t)
+	o.lie = func(ch *track.Changes) { ch.Inodes = map[uint64]*track.Inode{} }
+	volWrite(t, filepath.Join(v.Path(), "f1"), 2*BlockSize, []byte("unreported"))
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "unexplained", volDescribe(t, v.Path()), rig.restored(ref))
+	if c.Stats.Unexplained != 1 || c.Stats.FrozenBytes != 0 {
+		t.Fatalf("%+v", c.Stats)
+	}
+}
+
+// TestTrackedRestart: after a restart of the agent nothing is read but what was reported;
+// a capture that was under way when it died is not forgotten.
+func TestTrackedRestart(t *testing.T) {
+	ctx := context.Background()
+	rig, v, o := volFollowed(t)
+	p := filepath.Join(v.Path(), "f1")
+	volWrite(t, p, 2*BlockSize, []byte("before"))
+	c, err := v.Capture(ctx, CaptureRequest{Freezer: &volFreezer{}})
+	volOK(t, err)
+	_ = c // and dies
+	volOK(t, v.Close())
+	volWrite(t, p, 8*BlockSize, []byte("between"))
+	v = rig.open(v.cfg.Dir, volTracked(t, o))
+	volOK(t, v.Baseline(ctx, rig.store, rig.ref()))
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "after a restart", volDescribe(t, v.Path()), rig.restored(ref))
+	if c.Stats.ReadBytes+c.Stats.FrozenBytes > 4*BlockSize || c.Blocks.Blocks() != 2 {
+		t.Fatalf("a restart cost %+v", c.Stats)
+	}
+}
+
+// TestTrackedRefuses: sync.tier "tracked" is an error where there is no tracker, "auto" says why.
+func TestTrackedRefuses(t *testing.T) {
+	for tier, want := range map[string]error{TierTracked: ErrNotTracked, TierAuto: nil} {
+		rig := newVolRig(t)
+		v := rig.live(func(c *VolumeConfig) {
+			c.Tier, c.track = tier, func() (tracker, error) { return nil, errors.New("not here") }
+		})
+		_, err := v.Capture(context.Background(), CaptureRequest{NoFreeze: true})
+		volIs(t, err, want)
+		if got, why := v.Tier(); want == nil && (got != TierHashed || why != "not here") {
+			t.Fatalf("tier %s: %s", got, why)
+		}
+	}
+}
+
+// TestTrackedPredicts: a freeze that could not be over in time is not begun.
+func TestTrackedPredicts(t *testing.T) {
+	rig, v, o := volFollowed(t)
+	v.pace.frozen.perBlock = time.Second
+	inner := v.follow.sync
+	p := filepath.Join(v.Path(), "f2")
+	o.lie = func(ch *track.Changes) {
+		for _, in := range ch.Inodes {
+			in.Dirtied = in.Written
+		}
+	}
+	v.follow.sync = func(ctx context.Context) error {
+		volWrite(t, p, 0, volData(byte(o.drains), 20*BlockSize))
+		return inner(ctx)
+	}
+	fr := &volFreezer{}
+	_, err := v.Capture(context.Background(), CaptureRequest{Freezer: fr, MaxFreeze: 100 * time.Millisecond})
+	volIs(t, err, ErrFreezeTooLong)
+	if s := v.Tracking(); fr.freezes != 0 || s.TooLong != 1 || s.Predicted < time.Second {
+		t.Fatalf("%d freezes, %+v", fr.freezes, s)
+	}
+	v.follow.sync, v.pace.frozen.perBlock = inner, 0
+	_, ref := rig.snapshot(v, CaptureRequest{Freezer: fr})
+	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
+}
