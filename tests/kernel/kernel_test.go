@@ -3,6 +3,7 @@
 package kernel_test
 
 import (
+	"cmp"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -95,9 +96,11 @@ func ran(t *testing.T, out string, skipped ...string) {
 	}
 }
 
-// TestTrack: internal/track's tests, with real programs in the kernel.
+// TestTrack: internal/track's tests, with real programs in the kernel. TRACK_ROUNDS says how
+// many random windows there are of each kind.
 func TestTrack(t *testing.T) {
-	out := inGuest(t, kernel(t), "track", "dbsupervisor/internal/track", "/test/test -test.v -test.timeout=9m")
+	out := inGuest(t, kernel(t), "track", "dbsupervisor/internal/track",
+		"TRACK_ROUNDS="+cmp.Or(os.Getenv("TRACK_ROUNDS"), "3")+" /test/test -test.v -test.timeout=9m")
 	ran(t, out, "TestObjectIsOfTheSource") // it looks at the source
 }
 

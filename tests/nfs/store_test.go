@@ -57,7 +57,7 @@ func (c *cluster) packs() map[string]int64 {
 func (c *cluster) publishing(seed byte) (done chan error, ref *volsync.SnapshotRef) {
 	c.t.Helper()
 	before := c.packs()
-	ask[None](c.a, "Fill", Fill{Seed: seed, Files: 24, Size: 2 << 20})
+	ask[None](c.a, "Fill", Fill{Seed: seed, Files: 16, Size: 2 << 20})
 	done, ref = make(chan error, 1), new(volsync.SnapshotRef)
 	go func() { done <- c.a.try("Publish", None{}, ref) }()
 	eventually(c.t, "a part of a pack is there", time.Minute, func() bool {
