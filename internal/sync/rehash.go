@@ -200,7 +200,7 @@ func (v *Volume) alarm(err error) {
 	v.stopFollowing()
 	v.dropPending()
 	for _, x := range v.idx.files {
-		_ = x
+		x.settled = false
 	}
 	v.idx.logged = 0
 	if err := v.dropIndex(); err != nil {
