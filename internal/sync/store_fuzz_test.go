@@ -209,3 +209,70 @@ func FuzzRecords(f *testing.F) {
 		storeReadAny(t, s, out.Bytes())
 	})
 }
+
+// FuzzPin reads any bytes as a pin, and any records in a well-formed one.
+func FuzzPin(f *testing.F) {
+	s := newTestStore(f, nil, "/nowhere")
+	file := func(h *pinHeader, records ...any) []byte {
+		var out bytes.Buffer
+		w := newRecordWriter(s.codec, &out, pinMagic)
+		w.add(chunkHeader, h)
+		for _, r := range records {
+			w.add(chunkPinned, r)
+		}
+		if _, _, err := w.end(); err != nil {
+			f.Fatal(err)
+		}
+		return out.Bytes()
+	}
+	h := &pinHeader{Format: 1, Nonce: "0123456789abcdef", Counter: 3, TTL: 1e11, Owner: "restore on alpha", Made: 7}
+	f.Add(file(h, "packs/00/1-1-0000000000000000-0.pack", "manifests/1-1-0000000000000000.manifest"), []byte(nil))
+	h.Everything = true
+	f.Add(file(h), []byte{0x60})
+	f.Add([]byte(pinMagic), []byte{0x41, 0x00})
+	f.Fuzz(func(t *testing.T, b, records []byte) {
+		read := func(b []byte) {
+			p, err := s.decodePin(context.Background(), b)
+			if err != nil {
+				if !isDamage(err) {
+					t.Fatal(err)
+				}
+				return
+			}
+			if ttl := (&pinSight{pin: p}).ttl(); ttl <= 0 || ttl > pinTTLMost {
+				t.Fatalf("a pin may be silent for %v", ttl)
+			}
+			for path := range p.paths {
+				if name, ok := parseName(path); !ok || name.path() != path {
+					t.Fatalf("pins %q", path)
+				}
+			}
+		}
+		read(b)
+		if len(records) == 0 || len(records) > maxChunk {
+			return
+		}
+		var out bytes.Buffer
+		w := newRecordWriter(s.codec, &out, pinMagic)
+		w.add(chunkHeader, h)
+		w.flush()
+		w.chunk(chunkPinned, encodingRaw, records, len(records))
+		if _, _, err := w.end(); err != nil {
+			t.Fatal(err)
+		}
+		read(out.Bytes())
+	})
+}
+
+// FuzzPinName parses any name of a file among the pins.
+func FuzzPinName(f *testing.F) {
+	for _, name := range []string{"0123456789abcdef-1.pin", "0123456789abcdef-01.pin", "0123456789abcdef.pin", "../../x-1.pin", "x.look"} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		nonce, counter, ok := parsePinName(name)
+		if ok && pinPath(nonce, counter) != pinDir+"/"+name {
+			t.Fatalf("%q is %q, %d", name, nonce, counter)
+		}
+	})
+}
