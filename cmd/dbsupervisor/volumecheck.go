@@ -48,7 +48,7 @@ func (a *app) volumeCheckCmd() *cobra.Command {
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg := config.Default()
-			dir := ""
+			var dir string
 			if len(args) == 1 {
 				dir = args[0]
 				if own, _, err := a.load(); err == nil {
@@ -226,7 +226,7 @@ func trackWrites(ctx context.Context, dir string) (written func(context.Context)
 		return nil, nil, fmt.Errorf("watch what is written: %w", err)
 	}
 	stop = func() { _ = t.Remove() } // nothing of it is pinned
-	if _, err := t.Drain(ctx); err == nil {
+	if _, err = t.Drain(ctx); err == nil {
 		err = t.Settle() // what was before does not count
 	}
 	if err != nil {

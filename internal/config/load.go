@@ -94,7 +94,7 @@ func Parse(name string, data []byte) (*Config, error) {
 func (c *Config) rest(data []byte) Errors {
 	src := c.src
 	if err := yaml.NewDecoder(bytes.NewReader(data)).Decode(c); err != nil {
-		return nil
+		return nil //nolint:nilerr // the bad keys, which are told already, are why
 	}
 	c.src = src
 	var errs Errors
