@@ -35,6 +35,8 @@ for ((n = 1; n <= count; n++)); do
 	step "faults-$n" go test -count=1 -v -timeout 60m ./tests/faults
 	step "consistency-$n" env ROUNDS=10 go test -count=1 -v -timeout 60m ./tests/consistency
 done
+# Change tracking: a hundred windows of each kind.
+step track env TRACK_ROUNDS="${TRACK_ROUNDS:-100}" DBSUPERVISOR_REQUIRE_TRACKING=1 go test -count=1 -v -timeout 60m -run TestWindows ./internal/track
 step unit go test -race -count=5 -timeout 60m ./cmd/... ./internal/...
 if [ "$fuzz" != 0 ]; then
 	# One at a time: go test -fuzz takes one test of one package.

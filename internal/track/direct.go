@@ -7,7 +7,7 @@ import "github.com/cilium/ebpf"
 type directWrites struct {
 	ino  uint64
 	addr uint64
-	data map[uint32]*chunk
+	data []chunk // written
 }
 
 // directs reports the ranges of direct writes again for as long as such writes to the inode
@@ -19,17 +19,15 @@ func (t *Tracker) directs(now files) {
 		if f.addr == 0 {
 			f.addr, f.flags = d.addr, f.flags|flagDirect
 		}
-		for n, c := range d.data {
-			f.chunk(n).written.or(c.written)
-		}
+		f.chunks = append(f.chunks, d.data...)
 	}
 	for ino, f := range now {
 		if f.flags&flagDirect == 0 || !t.kernel.inFlight(f.addr) {
 			continue
 		}
-		d := directWrites{ino: ino, addr: f.addr, data: map[uint32]*chunk{}}
-		for n, c := range f.chunks {
-			d.data[n] = &chunk{written: c.written}
+		d := directWrites{ino: ino, addr: f.addr}
+		for _, c := range f.chunks {
+			d.data = append(d.data, chunk{n: c.n, written: c.written})
 		}
 		carry = append(carry, d)
 	}

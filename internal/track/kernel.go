@@ -438,8 +438,6 @@ func (k *kernel) read(index uint64, after, last uint32, to files) {
 			f.addr = words[4]
 		}
 	} else {
-		c := f.chunk(n)
-		c.written.or(bitmap{words[0], words[1]})
-		c.dirtied.or(bitmap{words[2], words[3]})
+		f.chunks = append(f.chunks, chunk{n, bitmap{words[0], words[1]}, bitmap{words[2], words[3]}})
 	}
 }

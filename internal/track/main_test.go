@@ -11,6 +11,8 @@ func TestMain(m *testing.M) {
 	switch os.Getenv("TRACK_TEST_ROLE") {
 	case "writer":
 		os.Exit(writerMain())
+	case "sparse":
+		os.Exit(sparseMain())
 	case "agent":
 		os.Exit(agentMain())
 	}

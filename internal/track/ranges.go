@@ -1,6 +1,7 @@
 package track
 
 import (
+	"cmp"
 	"math/bits"
 	"slices"
 )
@@ -20,26 +21,17 @@ type bitmap [2]uint64
 
 func (b *bitmap) or(o bitmap) { b[0] |= o[0]; b[1] |= o[1] }
 
-// chunk is a MiB of a file.
-type chunk struct{ written, dirtied bitmap }
+// chunk is what a slot says of a MiB of a file.
+type chunk struct {
+	n                uint32
+	written, dirtied bitmap
+}
 
 // file is what the slots of one inode say together.
 type file struct {
 	flags  uint64
-	addr   uint64 // of the inode in the kernel, with flagDirect
-	chunks map[uint32]*chunk
-}
-
-func (f *file) chunk(n uint32) *chunk {
-	c := f.chunks[n]
-	if c == nil {
-		if f.chunks == nil {
-			f.chunks = map[uint32]*chunk{}
-		}
-		c = &chunk{}
-		f.chunks[n] = c
-	}
-	return c
+	addr   uint64  // of the inode in the kernel, with flagDirect
+	chunks []chunk // in any order, the same more than once
 }
 
 // files by inode number.
@@ -56,18 +48,18 @@ func (fs files) file(ino uint64) *file {
 
 func (fs files) ranges() map[uint64]*Inode {
 	inodes := make(map[uint64]*Inode, len(fs))
-	var order []uint32
 	for ino, f := range fs {
 		n := &Inode{Ranged: f.flags&flagRanged != 0}
 		inodes[ino] = n
-		order = order[:0]
-		for c := range f.chunks {
-			order = append(order, c)
-		}
-		slices.Sort(order)
-		for _, c := range order {
-			n.Written = appendBlocks(n.Written, c, f.chunks[c].written)
-			n.Dirtied = appendBlocks(n.Dirtied, c, f.chunks[c].dirtied)
+		slices.SortFunc(f.chunks, func(a, b chunk) int { return cmp.Compare(a.n, b.n) })
+		for i := 0; i < len(f.chunks); {
+			c := f.chunks[i]
+			for i++; i < len(f.chunks) && f.chunks[i].n == c.n; i++ {
+				c.written.or(f.chunks[i].written)
+				c.dirtied.or(f.chunks[i].dirtied)
+			}
+			n.Written = appendBlocks(n.Written, c.n, c.written)
+			n.Dirtied = appendBlocks(n.Dirtied, c.n, c.dirtied)
 		}
 	}
 	return inodes

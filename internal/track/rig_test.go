@@ -78,6 +78,15 @@ func newVolume(t testing.TB, fs string, mib int64) *volume {
 	return v
 }
 
+func (v *volume) remount(t testing.TB) {
+	t.Helper()
+	must(t, unix.Unmount(v.top, 0))
+	out, err := exec.CommandContext(context.Background(), "mount", "-o", "loop", filepath.Join(filepath.Dir(v.top), "image"), v.top).CombinedOutput()
+	if err != nil {
+		t.Fatalf("mount: %v %s", err, out)
+	}
+}
+
 func (v *volume) path(name string) string { return filepath.Join(v.root, name) }
 
 func (v *volume) ino(t testing.TB, name string) uint64 {

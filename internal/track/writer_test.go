@@ -272,6 +272,11 @@ func (w *writing) mmap(f *os.File, p string) error {
 	if w.rnd.IntN(2) == 0 {
 		off = w.rnd.IntN(20)<<12 + 77
 	}
+	if w.rnd.IntN(4) == 0 { // so that the page is dirty before it is stored to
+		if err := w.write(f, int64(off), 1); err != nil {
+			return err
+		}
+	}
 	copy(m[off:off+8], w.fill(8))
 	if w.rnd.IntN(100) == 0 {
 		return unix.Msync(m[:(1+w.rnd.IntN(256))<<12], unix.MS_SYNC)
