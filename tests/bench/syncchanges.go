@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	volsync "dbsupervisor/internal/sync"
@@ -172,7 +173,6 @@ func (c *comparison) firstCopies(ctx context.Context) error {
 		return err
 	}
 	c.s.add("volume", "MiB", float64(size)/mib)
-	c.s.add("tier "+rep.Tier, "", 1)
 	c.report("first copy: dbsupervisor", w, rep.Took)
 	if err := c.db.freeze(ctx); err != nil {
 		return err
@@ -268,6 +268,9 @@ func (c *comparison) change(ctx context.Context, name string, big bool, load ...
 	c.say("%s: %.1f MiB changed, captured %.1f, read %.1f, %v, %s, freeze %s, %+v", name, changed/mib,
 		float64(rep.Store.ChangedBytes)/mib, read/mib, w, rep.Took, rep.Freeze, rep.Capture)
 	us := name + ": dbsupervisor"
+	if t := " Tier: " + rep.Tier + "."; !strings.Contains(c.s.how, t) {
+		c.s.how += t
+	}
 	c.s.add(name+": changed pages of 8 KiB", "MiB", changed/mib)
 	c.report(us, w, rep.Took)
 	c.kinds(us, w)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
 
 	"dbsupervisor/internal/cgroup"
@@ -39,7 +40,7 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 	if err != nil {
 		return err
 	}
-	w, opened, err := startWorker(OpenArgs{Share: sh.at, Local: filepath.Join(disk, "instance")})
+	w, _, err := startWorker(OpenArgs{Share: sh.at, Local: filepath.Join(disk, "instance")})
 	if err != nil {
 		return err
 	}
@@ -55,7 +56,6 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 	if err != nil {
 		return err
 	}
-	s.how += " Tier: " + opened.Tier + "."
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	late := &figure{what: "noise: a sleep of 1 ms is late by", unit: "ms", tail: true}
 	go func() {
@@ -84,6 +84,9 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 			if rep.TooLong {
 				failed++
 				continue
+			}
+			if t := " Tier: " + rep.Tier + "."; !strings.Contains(s.how, t) {
+				s.how += t
 			}
 			s.addTail("freeze", "ms", millis(rep.Freeze))
 			s.addTail("snapshot: time", "ms", millis(rep.Took))
@@ -189,9 +192,13 @@ func (w *writer) next() error {
 
 // writeIfAsked writes if this process is the writer; it ends when it is killed.
 func writeIfAsked() (asked bool, err error) {
-	files, err := strconv.Atoi(os.Getenv(writerEnv))
-	if err != nil {
+	n := os.Getenv(writerEnv)
+	if n == "" {
 		return false, nil
+	}
+	files, err := strconv.Atoi(n)
+	if err != nil {
+		return true, err
 	}
 	wish := make(chan struct{})
 	go func() {

@@ -42,7 +42,11 @@ func (r *syncRun) postgres(ctx context.Context, path string) (*source, error) {
 		return nil, err
 	}
 	for end := time.Now().Add(time.Minute); ; {
-		if err = s.sql(ctx, "select 1"); err == nil {
+		// The server that makes the cluster answers, too; the file comes after it.
+		if _, err = os.Stat(filepath.Join(path, "PG_VERSION")); err == nil {
+			err = s.sql(ctx, "select 1")
+		}
+		if err == nil {
 			return s, nil
 		}
 		if time.Now().After(end) {
@@ -157,7 +161,7 @@ func differFile(ctx context.Context, path, older string) (pages int64, err error
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
 	}
-	x, y := make([]byte, 64*page), make([]byte, 64*page)
+	x, y, zeros := make([]byte, 64*page), make([]byte, 64*page), make([]byte, page)
 	for ctx.Err() == nil {
 		n, err := io.ReadFull(a, x)
 		m, berr := io.ReadFull(b, y)
@@ -168,7 +172,8 @@ func differFile(ctx context.Context, path, older string) (pages int64, err error
 		}
 		for k := 0; k < n; k += page {
 			end := min(k+page, n)
-			if end > m || !bytes.Equal(x[k:end], y[k:end]) {
+			// What was not there before and is zero has not been written, or need not be.
+			if k >= m && !bytes.Equal(x[k:end], zeros[:end-k]) || k < m && (end > m || !bytes.Equal(x[k:end], y[k:end])) {
 				pages++
 			}
 		}

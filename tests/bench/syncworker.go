@@ -104,7 +104,6 @@ type Engine struct {
 	store  *volsync.Store
 	volume *volsync.Volume
 	lease  *lease.Lease
-	group  cgroup.Group
 	peak   atomic.Int64
 }
 
