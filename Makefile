@@ -89,6 +89,12 @@ test-kernel:
 	@scripts/fetch-kernel.sh >/dev/null
 	DBSUPERVISOR_QEMU=1 go test -count=1 -p 1 -v -timeout $(TESTTIMEOUT) $(ARGS) ./tests/qemu ./tests/kernel
 
+# The tests that take minutes each: a million files, a process killed at every operation,
+# more random trees.
+.PHONY: test-long
+test-long: image build
+	TEST_LONG=1 go test -count=1 -timeout 2h $(ARGS) ./internal/sync/...
+
 demo: image build
 	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh
 

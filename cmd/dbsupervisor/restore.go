@@ -52,7 +52,9 @@ func (a *app) restoreCmd() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("restore snapshot %s: %w", one.ID, err)
 			}
-			_, err = fmt.Fprintf(a.out, "restored %s of %s (%s) to %s in %s\n", one.ID, one.Frozen.UTC().Format(stamp), bytes(one.LogicalSize), dir, since(time.Since(began)))
+			took := time.Since(began)
+			_, err = fmt.Fprintf(a.out, "restored %s of %s (%s) to %s in %s, %s/s\n", one.ID, one.Frozen.UTC().Format(stamp), bytes(one.LogicalSize), dir,
+				since(took), bytes(int64(float64(one.LogicalSize)/max(took.Seconds(), 1e-3))))
 			return err
 		},
 	}

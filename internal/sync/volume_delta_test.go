@@ -223,7 +223,7 @@ func TestVolumeDeltaGoesOn(t *testing.T) {
 			first := d.ref()
 			d.hydrate(f, first)
 			second := d.change(60, 4*64)
-			// The last of its four frames is damaged.
+			// The first of its four frames is damaged.
 			bad := d.head.Packs[len(d.head.Packs)-1]
 			p := filepath.Join(d.store.cfg.Dir, bad.Path)
 			b, err := os.ReadFile(p)
@@ -232,7 +232,7 @@ func TestVolumeDeltaGoesOn(t *testing.T) {
 			pack, err := d.store.openPack(bad)
 			volOK(t, err)
 			volOK(t, pack.file.Close())
-			b[pack.foot.frames[len(pack.foot.frames)-1].offset] ^= 1
+			b[pack.foot.frames[0].offset] ^= 1
 			volOK(t, os.WriteFile(p, b, 0o600))
 			_, err = f.Hydrate(t.Context(), d.store, second, nil)
 			volIs(t, err, ErrDamaged)
@@ -289,6 +289,18 @@ func TestVolumeSpareGivesWay(t *testing.T) {
 	if st := d.hydrate(f, d.change(1, 100)); st.Copy != copyTwo {
 		t.Fatalf("%+v", st)
 	}
+	// A volume that is half done needs the room more.
+	free, err := freeBytes(dir)
+	volOK(t, err)
+	volOK(t, f.markApplying())
+	volOK(t, os.Remove(d.path(f, "data")))
+	f.cfg.MinFree = free - 1<<20 + int64(d.size)*BlockSize
+	d.hydrate(f, d.ref())
+	if sp := f.State().Spare; sp.Phase != "" {
+		t.Fatalf("the second copy has not given way: %+v", sp)
+	}
+	f.cfg.MinFree = 0
+	d.hydrate(f, d.change(3, 100))
 	// The database fills the disk: the next capture frees the second copy's room.
 	volOK(t, f.MarkLive(ctx, 2))
 	volOK(t, f.Baseline(ctx, d.store, d.ref()))
@@ -299,7 +311,7 @@ func TestVolumeSpareGivesWay(t *testing.T) {
 	if sp := f.State().Spare; sp.Phase != "" {
 		t.Fatalf("the second copy has not given way: %+v", sp)
 	}
-	if _, err := os.Stat(f.sparePath()); !errors.Is(err, os.ErrNotExist) {
+	if _, err = os.Stat(f.sparePath()); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal("its directory is there: ", err)
 	}
 	volOK(t, f.Close())

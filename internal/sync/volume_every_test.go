@@ -13,8 +13,12 @@ import (
 // it since, a volume comes to the newest one, equal in every bit, hole and attribute, on
 // every file system, with a second copy and in place; and so does a new directory.
 func TestVolumeDeltaFromEvery(t *testing.T) {
+	checks := 3
+	if volLong() {
+		checks = 100
+	}
 	for _, system := range loopSystems() {
-		t.Run(system, func(t *testing.T) { volDeltaFromEvery(t, volLoop(t, system), 3) })
+		t.Run(system, func(t *testing.T) { volDeltaFromEvery(t, volLoop(t, system), checks) })
 	}
 }
 
