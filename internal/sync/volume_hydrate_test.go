@@ -246,13 +246,23 @@ func TestVolumeHydrateBitRot(t *testing.T) {
 func TestVolumeHydrateTampered(t *testing.T) {
 	ctx := context.Background()
 	rig, one, two, descs := volTwo(t)
-	v := rig.open(t.TempDir(), nil)
-	_, err := v.Hydrate(ctx, rig.store, one, nil)
-	volOK(t, err)
-	volWrite(t, filepath.Join(v.Path(), "base/a"), 2*BlockSize, []byte("tampered"))
-	_, err = v.Hydrate(ctx, rig.store, two, nil)
-	volOK(t, err)
-	volSame(t, "mended", descs[two.ID], volDescribe(t, v.Path()))
+	for _, spare := range []string{SpareAuto, SpareNever} {
+		v := rig.open(t.TempDir(), func(c *VolumeConfig) { c.SpareCopy = spare })
+		_, err := v.Hydrate(ctx, rig.store, one, nil)
+		volOK(t, err)
+		volWrite(t, filepath.Join(v.Path(), "base/a"), 2*BlockSize, []byte("tampered"))
+		_, err = v.Hydrate(ctx, rig.store, two, nil)
+		volOK(t, err)
+		volSame(t, "mended", descs[two.ID], volDescribe(t, v.Path()))
+		if spare == SpareNever {
+			continue
+		}
+		// The same for the second copy, which is at the first snapshot now.
+		volWrite(t, filepath.Join(v.sparePath(), "base/a"), 2*BlockSize, []byte("tampered"))
+		_, err = v.Hydrate(ctx, rig.store, one, nil)
+		volOK(t, err)
+		volSame(t, "second copy mended", descs[one.ID], volDescribe(t, v.Path()))
+	}
 }
 
 // TestVolumeHydrateBadStore: when the store lacks something, the error names it and a clean
