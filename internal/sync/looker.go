@@ -73,7 +73,9 @@ func (l *looker) order(names []string) []string {
 			dir, _ := splitName(name)
 			known := l.c.names[dir]
 			if known != nil && known.typ == TypeDir {
-				l.deep[dir] = l.deep[dir] // looked at, but not into
+				if !l.deep[dir] {
+					l.deep[dir] = false // looked at, but not into
+				}
 				break
 			}
 			l.deep[dir], name = true, dir

@@ -60,7 +60,7 @@ func (p *pace) predict(blocks uint64, names int) (time.Duration, bool) {
 // than it may.
 func (p *pass) precopy(ctx context.Context) error {
 	kind := roundSync
-	before := int64(maxRead)
+	before := maxRead
 	for {
 		start, read := p.v.cfg.Clock.Now(), p.stats.ReadBytes
 		if err := p.round(ctx, kind, p.v.cfg.Workers); err != nil {

@@ -20,7 +20,7 @@ const (
 	TierHashed  = "hashed"  // files whose stat changed are read
 )
 
-// ErrNotTracked: the tier "tracked" was asked for and can't be had here.
+// ErrNotTracked says that the tier "tracked" was asked for and can't be had here.
 var ErrNotTracked = errors.New("change can't be tracked here")
 
 // Tier says how changes are found ("tracked" or "hashed"), and where it is not the best
