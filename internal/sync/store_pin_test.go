@@ -444,3 +444,35 @@ func TestKeeperListsRarely(t *testing.T) {
 		t.Error("leftovers are never looked for")
 	}
 }
+
+// TestKeeperGrace: a name is unlinked when this holder has seen it condemned for the grace,
+// each by its own time; a new holder starts over.
+func TestKeeperGrace(t *testing.T) {
+	r := newPinRig(t, 58)
+	for range 6 {
+		r.step(t, 25, time.Hour)
+	}
+	r.condemn()
+	early := func(what string) {
+		t.Helper()
+		if st := r.sweep(); st.Removed != 0 || st.Early == 0 {
+			t.Errorf("%s: sweep is %+v", what, st)
+		}
+	}
+	early("at once")
+	r.clock.Advance(r.grace - time.Second)
+	early("a second before")
+	r.keeper = r.s.NewKeeper()
+	r.clock.Advance(2 * time.Second)
+	early("a new holder")
+	r.clock.Advance(r.grace / 2)
+	for range 4 {
+		r.step(t, 25, time.Hour)
+	}
+	r.condemn()
+	r.clock.Advance(r.grace / 2)
+	if st := r.sweep(); st.Removed == 0 || st.Early == 0 {
+		t.Errorf("older and younger names: sweep is %+v", st)
+	}
+	storeAllWhole(t, r.storeHistory)
+}
