@@ -2,7 +2,10 @@ package sync
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"dbsupervisor/internal/track"
 )
@@ -35,5 +38,33 @@ func TestVolumeRandomKernel(t *testing.T) {
 func TestVolumeRandomHashed(t *testing.T) {
 	volKernel(t, func(t *testing.T, temp func() string) {
 		volRandom(t, volKit{checks: 6, temp: temp, hand: newVolOther(t)})
+	})
+}
+
+// TestTrackedHoles: room allocated in a hole, and a file that loses one of its names, touch
+// an inode and report no range.
+func TestTrackedHoles(t *testing.T) {
+	volKernel(t, func(t *testing.T, temp func() string) {
+		rig, dir, hand := newVolRig(t), temp(), newVolOther(t)
+		rig.temp = temp
+		v := rig.open(dir, func(c *VolumeConfig) { c.Tier = TierTracked })
+		t.Cleanup(func() { _ = track.Discard(filepath.Join(pinRoot, pinName(dir))) })
+		volOK(t, v.MarkLive(t.Context(), 1))
+		volOK(t, v.Baseline(t.Context(), rig.store, SnapshotRef{}))
+		p, q := filepath.Join(v.Path(), "a"), filepath.Join(v.Path(), "b")
+		do := func(o volOp) { t.Helper(); volOK(t, hand.do(o)) }
+		do(volOp{Do: "write", Path: p, Data: volData(1, BlockSize)})
+		do(volOp{Do: "write", Path: p, Off: 30 * BlockSize, Data: volData(2, BlockSize)})
+		do(volOp{Do: "link", Path: p, To: q})
+		rig.snapshot(v, CaptureRequest{})
+		do(volOp{Do: "fallocate", Path: p, Mode: unix.FALLOC_FL_KEEP_SIZE, Off: 10 * BlockSize, N: 5 * BlockSize})
+		c, ref := rig.snapshot(v, CaptureRequest{})
+		volSame(t, "room in a hole", volDescribe(t, v.Path()), rig.restored(ref))
+		if c.Stats.ReadBytes+c.Stats.FrozenBytes != 0 {
+			t.Errorf("holes were read: %+v", c.Stats)
+		}
+		do(volOp{Do: "remove", Path: p})
+		_, ref = rig.snapshot(v, CaptureRequest{})
+		volSame(t, "one name less", volDescribe(t, v.Path()), rig.restored(ref))
 	})
 }
