@@ -246,15 +246,16 @@ func TestVolumeHydrateBitRot(t *testing.T) {
 func TestVolumeHydrateTampered(t *testing.T) {
 	ctx := context.Background()
 	rig, one, two, descs := volTwo(t)
-	for _, spare := range []string{SpareAuto, SpareNever} {
-		v := rig.open(t.TempDir(), func(c *VolumeConfig) { c.SpareCopy = spare })
+	for _, c := range []struct{ system, spare string }{{"ext4", SpareAuto}, {"ext4", SpareNever}, {"xfs", SpareAuto}} {
+		spare := c.spare
+		v := rig.open(volTemps(t, volLoop(t, c.system))(), func(c *VolumeConfig) { c.SpareCopy = spare })
 		_, err := v.Hydrate(ctx, rig.store, one, nil)
 		volOK(t, err)
 		volWrite(t, filepath.Join(v.Path(), "base/a"), 2*BlockSize, []byte("tampered"))
 		_, err = v.Hydrate(ctx, rig.store, two, nil)
 		volOK(t, err)
 		volSame(t, "mended", descs[two.ID], volDescribe(t, v.Path()))
-		if spare == SpareNever {
+		if v.State().Spare.Phase == "" {
 			continue
 		}
 		// The same for the second copy, which is at the first snapshot now.
