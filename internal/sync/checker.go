@@ -230,7 +230,7 @@ func (c *Checker) pack(ctx context.Context, ref PackRef, pace *pacer, p Progress
 	if err != nil {
 		return err
 	}
-	defer pr.file.Close() // only read
+	defer func() { _ = pr.file.Close() }() // only read
 	dropCache(pr.file)
 	if err := checkEnds(pr, ref.Size); err != nil {
 		return err

@@ -24,7 +24,7 @@ const (
 )
 
 // mergeClasses are the sizes below which packs are brought together, each with its like.
-var mergeClasses = [...]int64{64 << 10, 1 << 20, 16 << 20}
+func mergeClasses() []int64 { return []int64{64 << 10, 1 << 20, 16 << 20} }
 
 // CompactRequest says what to compact.
 type CompactRequest struct {
@@ -236,7 +236,7 @@ func merge(head *Tree, live []uint64, all []PackID, room uint64) []PackID {
 		return nil
 	}
 	var least int64
-	for _, most := range mergeClasses {
+	for _, most := range mergeClasses() {
 		var out []PackID
 		left := room
 		for _, p := range all {

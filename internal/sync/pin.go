@@ -25,12 +25,12 @@ const (
 	pinTTLMost = time.Hour
 )
 
-// ErrPinLost: a reader's pin could not be kept up, so that what it reads may have been
+// ErrPinLost means that a reader's pin could not be kept up, so that what it reads may have been
 // deleted under it. What it has read in full and verified is good all the same; a copy made
 // file by file may lack something.
 var ErrPinLost = errors.New("the pin on the store was lost")
 
-// ErrExpired: a snapshot is not retained any more, or about to be deleted.
+// ErrExpired means that a snapshot is not retained any more, or about to be deleted.
 var ErrExpired = errors.New("the snapshot is not retained any more")
 
 // PinRequest says what a reader wants to keep from being deleted while it reads.
@@ -168,7 +168,7 @@ func (p *pinner) keep(ctx context.Context) error {
 	next := p.since.Add(p.r.TTL / 4)
 	for {
 		if clock.WaitUntil(ctx, next) != nil {
-			return nil
+			return nil //nolint:nilerr // the reader is done
 		}
 		was, old := p.since, p.counter
 		err := p.write()
@@ -189,7 +189,7 @@ func (p *pinner) keep(ctx context.Context) error {
 		if gone || now.Sub(was) >= p.r.TTL {
 			if err := p.look(ctx); err != nil {
 				if ctx.Err() != nil {
-					return nil
+					return nil //nolint:nilerr // the reader is done
 				}
 				return fmt.Errorf("it was silent for too long: %w", err)
 			}

@@ -97,11 +97,11 @@ func TestCompaction(t *testing.T) {
 		r.s.cfg.packBlocks, r.s.cfg.frameBlocks, r.s.cfg.maxChain = 256, 16, 64
 		r.policy = Policy{All: 10 * time.Minute}
 		r.bigFile("hot", blocks)
-		cold := r.bigFile("cold", 16)
+		r.bigFile("cold", 16)
 		for i := range 240 {
 			r.rewrite("hot", 24)
 			if i%40 == 0 {
-				cold = r.model.inodes[r.model.names["cold"]]
+				cold := r.model.inodes[r.model.names["cold"]]
 				cold.blocks[r.r.Intn(16)] = storeBlock{kind: ExtentData, data: noise(r.r)}
 			}
 			st := r.snapshot(time.Minute)

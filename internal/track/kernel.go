@@ -175,7 +175,7 @@ func load(cache *btf.Cache, pin string, mount mountID, slots uint64, have []hook
 	spec.Maps["ring"].MaxEntries = uint32(slots)
 	spec.Maps["places"].MaxEntries = uint32(slots)
 	for name, value := range map[string]uint32{
-		"device":     uint32(unix.Major(mount.dev)<<20 | unix.Minor(mount.dev)),
+		"device":     unix.Major(mount.dev)<<20 | unix.Minor(mount.dev),
 		"ring_slots": uint32(slots),
 		"page_shift": uint32(bits.TrailingZeros(uint(os.Getpagesize()))),
 		// Where nothing tells when direct writes to ext4 arrive, it is asked.
