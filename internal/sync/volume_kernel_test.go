@@ -1,6 +1,7 @@
 package sync
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
@@ -63,8 +64,7 @@ func TestTrackedHoles(t *testing.T) {
 		if c.Stats.ReadBytes+c.Stats.FrozenBytes != 0 {
 			t.Errorf("holes were read: %+v", c.Stats)
 		}
-		do(volOp{Do: "remove", Path: p})
-		_, ref = rig.snapshot(v, CaptureRequest{})
+		_, ref = rig.snapshot(v, CaptureRequest{BeforeFreeze: func(context.Context) error { return hand.do(volOp{Do: "remove", Path: p}) }})
 		volSame(t, "one name less", volDescribe(t, v.Path()), rig.restored(ref))
 	})
 }
