@@ -10,8 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -476,5 +474,3 @@ func (w *writing) names() error {
 func moveExtents(fd, donor int, block, blocks uint64) error {
 	return ioctlMoveExt(fd, donor, block, max(blocks, 1))
 }
-
-func isKind(kind string) bool { return slices.Contains(kinds(), strings.TrimSpace(kind)) }
