@@ -62,10 +62,12 @@ if [ ${#packages[@]} -gt 0 ]; then
 	*" nfs-ganesha "*)
 		# The tests start a server of their own; the package's must not begin to serve.
 		if [ -d /run/systemd/system ]; then
-			systemctl mask --runtime -q nfs-ganesha.service rpcbind.service rpcbind.socket
+			units=(nfs-ganesha.service)
+			have rpcbind || units+=(rpcbind.service rpcbind.socket) # one that was there stays as it is
+			systemctl mask --runtime -q "${units[@]}"
 			apt_install "${packages[@]}"
-			systemctl disable -q nfs-ganesha.service rpcbind.service rpcbind.socket || true
-			systemctl unmask --runtime -q nfs-ganesha.service rpcbind.service rpcbind.socket
+			systemctl disable -q "${units[@]}" || true
+			systemctl unmask --runtime -q "${units[@]}"
 		else
 			apt_install "${packages[@]}"
 		fi ;;

@@ -8,7 +8,7 @@ clang=${CLANG:-clang}
 # taken away again. bpfel serves every little-endian processor.
 "$clang" -target bpfel -mcpu=v3 -O2 -g -Wall -Wextra -Werror -Wno-unused-parameter \
 	-ffile-prefix-map="$PWD"=. -c track.c -o track.o
-strip=$(command -v llvm-strip || ls /usr/bin/llvm-strip-* 2>/dev/null | tail -n 1)
+strip=$(command -v llvm-strip || compgen -G '/usr/bin/llvm-strip-*' | sort -V | tail -n 1)
 "$strip" -g track.o
 cat track.c kernel.h | sha256sum | cut -d ' ' -f 1 >track.o.source
 "$clang" --version | head -n 1
