@@ -17,7 +17,7 @@ import (
 
 const (
 	fileCount = 4
-	fileSize  = 4 << 20
+	fileSize  = 2 << 20
 )
 
 // kinds of windows.
