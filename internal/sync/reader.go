@@ -80,8 +80,9 @@ type reader struct {
 	// nothing is hashed, compared or written that could be after it.
 	hold int64
 
-	mu   stdsync.Mutex
-	held []heldBlocks
+	mu    stdsync.Mutex // guards the rest
+	held  []heldBlocks
+	holds int64 // bytes of held
 }
 
 // heldBlocks are blocks that have been read and not looked at.
@@ -235,10 +236,10 @@ func (r *reader) holes(ctx context.Context, f *os.File, j *readJob, sink blockSi
 func (r *reader) keepLater(j *readJob, first uint64, data []byte) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.hold < int64(len(data)) {
+	if r.hold-r.holds < int64(len(data)) {
 		return false
 	}
-	r.hold -= int64(len(data))
+	r.holds += int64(len(data))
 	r.held = append(r.held, heldBlocks{j, first, append([]byte(nil), data...)})
 	return true
 }
