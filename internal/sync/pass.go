@@ -40,10 +40,11 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 			err = p.withHooks(ctx, func() error { return p.frozen(ctx, c) })
 		}
 	}
-	if err == nil && p.reader != nil {
-		err = p.reader.settle(ctx)
-		if err != nil {
-			err = p.spoil(ctx, err)
+	if p.reader != nil {
+		// Whatever became of the attempt: what was held counts as read. It is little.
+		if serr := p.reader.settle(context.WithoutCancel(ctx)); serr != nil {
+			p.spoiled = true
+			err = errors.Join(err, serr)
 		}
 	}
 	if err != nil {

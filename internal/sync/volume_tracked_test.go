@@ -265,3 +265,31 @@ func TestTrackedPredicts(t *testing.T) {
 	_, ref := rig.snapshot(v, CaptureRequest{Freezer: fr})
 	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
 }
+
+// TestTrackedHeldOutlivesFailure: what was read in a freeze is part of the next capture, also
+// if the one that read it failed after the thaw.
+func TestTrackedHeldOutlivesFailure(t *testing.T) {
+	rig, v, _ := volFollowed(t)
+	p := filepath.Join(v.Path(), "f2")
+	broken := errors.New("broken")
+	for _, end := range []string{"error", "cancelled"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		_, err := v.Capture(ctx, CaptureRequest{
+			Freezer: &volFreezer{},
+			BeforeFreeze: func(context.Context) error {
+				volWrite(t, p, 3*BlockSize, []byte(end))
+				return nil
+			},
+			AfterFreeze: func(context.Context) error {
+				if end == "cancelled" {
+					cancel()
+				}
+				return broken
+			},
+		})
+		cancel()
+		volIs(t, err, broken)
+		_, ref := rig.snapshot(v, CaptureRequest{})
+		volSame(t, end, volDescribe(t, v.Path()), rig.restored(ref))
+	}
+}
