@@ -218,6 +218,9 @@ func (f *follower) lookAtTouched(ctx context.Context, tolerant bool, p *pending)
 
 func (f *follower) considered(n *node, j *readJob) {
 	if j != nil && !j.done() {
+		for _, name := range n.names { // it may have been named only, and not be in todo
+			f.names[name] = true
+		}
 		return
 	}
 	delete(f.todo, n.key.Ino)

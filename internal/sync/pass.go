@@ -59,6 +59,7 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 	c.Skipped = c.found.others()
 	c.Delta, c.Blocks, err = p.p.delta(c.found)
 	if err != nil {
+		p.spoiled = true // the next attempt must not meet the same
 		return nil, err
 	}
 	p.count(c)
@@ -169,7 +170,8 @@ func (p *pass) round(ctx context.Context, kind roundKind, workers int) error {
 		return p.spoil(ctx, err)
 	}
 	if err := p.checkLinks(p.det.links()); err != nil {
-		return p.spoil(ctx, err)
+		p.spoiled = true
+		return err
 	}
 	var jobs []*readJob
 	var blocks uint64
@@ -190,12 +192,15 @@ func (p *pass) round(ctx context.Context, kind roundKind, workers int) error {
 	if err := p.affordable(frozen, blocks); err != nil {
 		for _, j := range jobs {
 			j.recall()
+			j.missed.Store(true)
+			p.det.considered(j.n, j)
 		}
 		return err
 	}
 	root, err := os.Open(p.v.Path())
 	if err != nil {
-		return p.spoil(ctx, err)
+		p.spoiled = true
+		return err
 	}
 	defer root.Close()
 	r := &reader{fs: p.v.fs, root: root, spool: p.p.spool, tolerant: !frozen, progress: p.req.Progress}

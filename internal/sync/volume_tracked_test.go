@@ -293,3 +293,32 @@ func TestTrackedHeldOutlivesFailure(t *testing.T) {
 		volSame(t, end, volDescribe(t, v.Path()), rig.restored(ref))
 	}
 }
+
+// TestTrackedNamesOutliveFailure: what was seen to change in a round that was then given up
+// is part of the next capture.
+func TestTrackedNamesOutliveFailure(t *testing.T) {
+	rig, v, _ := volFollowed(t)
+	root := func(name string) string { return filepath.Join(v.Path(), name) }
+	volOK(t, os.Mkdir(root("d"), 0o700))
+	rig.snapshot(v, CaptureRequest{})
+	v.pace.frozen.perBlock = time.Second
+	_, err := v.Capture(context.Background(), CaptureRequest{
+		Freezer: &volFreezer{}, MaxFreeze: 100 * time.Millisecond,
+		BeforeFreeze: func(context.Context) error {
+			volWrite(t, root("f0"), 0, volData(99, littleToRead+BlockSize)) // too much for the freeze
+			volOK(t, os.WriteFile(root("empty"), nil, 0o600))
+			volOK(t, os.WriteFile(root("new"), []byte("new"), 0o600))
+			volOK(t, os.Chmod(root("f1"), 0o640))
+			volOK(t, os.Truncate(root("f2"), 3*BlockSize+7))
+			volOK(t, os.Rename(root("f3"), root("d/f3")))
+			volOK(t, os.Remove(root("f4")))
+			volOK(t, os.Symlink("f1", root("link")))
+			volOK(t, os.Rename(root("d"), root("e")))
+			return nil
+		},
+	})
+	volIs(t, err, ErrFreezeTooLong)
+	v.pace.frozen.perBlock = 0
+	_, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "given up", volDescribe(t, v.Path()), rig.restored(ref))
+}
