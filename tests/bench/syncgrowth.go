@@ -42,7 +42,8 @@ each volume. The share is a simulated EFS. Ratios are of medians.`, small, large
 }
 
 func (r *syncRun) grown(ctx context.Context, s *section, size int64) (took, bytes float64, err error) {
-	disk, err := r.loop(ctx, "xfs", size*mib*3/2+1<<30)
+	// The first snapshot keeps a copy of everything until it is shipped.
+	disk, err := r.loop(ctx, "xfs", size*mib*9/4+1<<30)
 	if err != nil {
 		return 0, 0, err
 	}
