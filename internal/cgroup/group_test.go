@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -103,8 +104,9 @@ func TestFreezeCatchesForkingProcesses(t *testing.T) {
 				t.Fatal(err)
 			}
 			b, err := g.Pids()
-			if err != nil || fmt.Sprint(a) != fmt.Sprint(b) {
-				t.Fatalf("processes changed in a frozen group: %v, then %v, %v", a, b, err)
+			// One that was exiting already may still go; none may come.
+			if err != nil || slices.ContainsFunc(b, func(pid int) bool { return !slices.Contains(a, pid) }) {
+				t.Fatalf("processes came into a frozen group: %v, then %v, %v", a, b, err)
 			}
 			if err := g.Thaw(); err != nil {
 				t.Fatal(err)
