@@ -121,7 +121,12 @@ func removeContainers(ctx context.Context, cfg *config.Config) (err error) {
 		return err
 	}
 	for _, c := range found {
-		if c.Running {
+		if c.Running && c.Labels[container.LabelRole] == container.RoleReplica {
+			// What an agent left that was killed: a copy, of which nothing is lost.
+			if err := d.Kill(ctx, c.ID); err != nil {
+				return err
+			}
+		} else if c.Running {
 			return api.WithHint(fmt.Errorf("the database runs (container %s)", c.Name), "start the agent and stop it again, which hands the database over")
 		}
 		if err := d.Remove(ctx, c.ID); err != nil {

@@ -31,7 +31,8 @@ func lookAtDocker(ctx context.Context, cfg *config.Config) (info *container.Info
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	found, err := d.Find(ctx, map[string]string{container.LabelCluster: cfg.Cluster, container.LabelInstance: cfg.Instance})
+	found, err := d.Find(ctx, map[string]string{container.LabelCluster: cfg.Cluster, container.LabelInstance: cfg.Instance,
+		container.LabelRole: container.RolePrimary})
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = container.ErrUnavailable
 	}

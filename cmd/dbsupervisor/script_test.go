@@ -148,6 +148,8 @@ func (s *scripted) Rollback(_ context.Context, q api.RollbackRequest, _ api.Repo
 	return api.RollbackResult{Head: "7-95-zz", From: "7-94-xy"}, nil
 }
 
+func (s *scripted) Token(context.Context) (api.Token, error) { return api.Token{Term: 3, Seq: 7}, nil }
+
 func (s *scripted) Restart(context.Context) error {
 	s.restarts.Add(1)
 	return nil

@@ -36,6 +36,27 @@ func containerSpec(cfg *config.Config) (container.Spec, error) {
 	return s, nil
 }
 
+// replicaSpec is the container of a read-only copy: the database's, with limits of its own, and
+// with ports on loopback that the engine chooses. The stable read ports lead to it.
+func replicaSpec(cfg *config.Config) (container.Spec, error) {
+	s, err := containerSpec(cfg)
+	if err != nil {
+		return s, err
+	}
+	r := cfg.Replica
+	if r.Memory > 0 {
+		s.Memory = int64(r.Memory)
+	}
+	if r.CPUs > 0 {
+		s.CPUs = r.CPUs
+	}
+	s.Ports = nil
+	for _, p := range r.Ports {
+		s.Ports = append(s.Ports, container.Port{Container: p.Container, Host: container.PortAny, Address: "127.0.0.1"})
+	}
+	return s, nil
+}
+
 // prober is what a probe needs of the container engine.
 type prober interface {
 	Exec(ctx context.Context, id string, cmd []string) (container.ExecResult, error)
@@ -45,8 +66,7 @@ type prober interface {
 // newProbe asks the database a real question: the configured command in the container, or a
 // connection to its main port. The connection goes to the container's own address: the
 // published port is behind the gate, which opens only after the probe was answered.
-func newProbe(docker prober, cfg *config.Config) func(context.Context, string) error {
-	cmd := cfg.Database.Probe
+func newProbe(docker prober, cfg *config.Config, cmd []string) func(context.Context, string) error {
 	if len(cmd) == 0 {
 		port := strconv.Itoa(cfg.Database.Ports[0].Container)
 		return func(ctx context.Context, id string) error { return probeTCP(ctx, docker, id, port) }

@@ -68,13 +68,18 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 	if err != nil {
 		return err
 	}
+	replica, err := replicaParts(cfg)
+	if err != nil {
+		return err
+	}
 	// What is reloaded must not outlive the agent, nor end when it is told to stop.
 	live, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	sup, err := supervisor.New(supervisor.Config{
 		Settings: cfg, Clock: boottime.Real{}, Log: log, FS: fsx.OS{}, Rand: rand.Reader, Version: programVersion(),
 		Lease: leaseConfig(cfg, register, boot, log), Store: store, Volume: volume, Database: db,
-		Notify: notifySystemd(log), Reload: reload(live, cfg, log),
+		Replica: replica(db.Docker),
+		Notify:  notifySystemd(log), Reload: reload(live, cfg, log),
 	})
 	if err != nil {
 		return err
@@ -206,7 +211,7 @@ func databaseParts(ctx context.Context, cfg *config.Config, log hclog.Logger) (s
 		return none, err
 	}
 	gate := fence.NewGate(fence.GateConfig{Table: gateTable(cfg), Ports: hostPorts(cfg), Clock: boottime.Real{}, Log: log.Named("gate")})
-	return supervisor.DatabaseConfig{Docker: docker, Gate: gate, Guard: guard, Spec: spec, Probe: newProbe(docker, cfg)}, nil
+	return supervisor.DatabaseConfig{Docker: docker, Gate: gate, Guard: guard, Spec: spec, Probe: newProbe(docker, cfg, cfg.Database.Probe)}, nil
 }
 
 func dialGuard(ctx context.Context, cfg *config.Config) (*fence.Guard, error) {
@@ -233,6 +238,25 @@ func hostPorts(cfg *config.Config) []uint16 {
 		out = append(out, uint16(p.Host)) //nolint:gosec // checked with the configuration
 	}
 	return out
+}
+
+// replicaParts are what reads are served with. They are needed where replicas are off, too:
+// what earlier settings left is cleared away.
+func replicaParts(cfg *config.Config) (func(supervisor.Containers) *supervisor.ReplicaConfig, error) {
+	spec, err := replicaSpec(cfg)
+	if err != nil {
+		return nil, err
+	}
+	var ports []fence.SwitchPort
+	for _, p := range cfg.Replica.Ports {
+		ports = append(ports, fence.SwitchPort{Port: uint16(p.Host), Address: p.Address}) //nolint:gosec // checked with the configuration
+	}
+	return func(docker supervisor.Containers) *supervisor.ReplicaConfig {
+		return &supervisor.ReplicaConfig{
+			Switch: fence.NewSwitch(fence.SwitchConfig{Table: gateTable(cfg) + "-r", Ports: ports}),
+			Spec:   spec, Probe: newProbe(docker, cfg, cfg.Replica.ReadOnly.Probe),
+		}
+	}, nil
 }
 
 // notifySystemd tells the service manager, if there is one. Pings of the watchdog are only

@@ -42,6 +42,10 @@ type Agent interface {
 	History(ctx context.Context, n int) ([]Event, error)
 	// Forks lists what was set aside, newest first.
 	Forks(ctx context.Context) ([]Fork, error)
+	// Token waits for the next snapshot that begins by itself and says what a replica must have
+	// to show everything that had been acknowledged when it was called. ErrNotPrimary; ErrBusy
+	// if too many wait already.
+	Token(ctx context.Context) (Token, error)
 }
 
 // Report takes progress of a long operation; it is never nil, cheap, and safe for
@@ -65,6 +69,8 @@ type Live struct {
 	DatabaseAnswers bool
 	// ServesReads says that a database here may be read although this is no primary.
 	ServesReads bool
+	// Replica is what is served to readers; nil while nothing is.
+	Replica *LiveReplica
 	// Failing says why this instance does not fulfil its role's duty; "" means it does.
 	Failing string
 	// Beat is when the supervisor's loop last went round; /health compares it with the

@@ -72,3 +72,7 @@ func (f *fakeAgent) History(_ context.Context, n int) ([]Event, error) {
 func (f *fakeAgent) Forks(context.Context) ([]Fork, error) {
 	return []Fork{{Name: "f1"}}, f.call("forks")
 }
+
+func (f *fakeAgent) Token(context.Context) (Token, error) {
+	return Token{Term: 3, Seq: 7}, f.call("token")
+}

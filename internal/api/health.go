@@ -76,6 +76,10 @@ type verdict struct {
 	Instance string `json:"instance"`
 	LeaseMS  *int64 `json:"lease_ms,omitempty"` // left until the deadline
 	Reason   string `json:"reason,omitempty"`   // why it is not OK
+	// What is served to readers, on an instance that serves reads.
+	Snapshot string `json:"snapshot,omitempty"`
+	Token    string `json:"token,omitempty"`
+	AgeMS    *int64 `json:"age_ms,omitempty"` // an upper bound
 }
 
 // Handler is what Run serves.
@@ -84,13 +88,14 @@ func (h *Health) Handler() http.Handler {
 	for _, p := range []string{"/{$}", "/primary", "/master", "/leader", "/read-write"} {
 		mux.HandleFunc(p, h.answer(h.primary))
 	}
-	mux.HandleFunc("/replica", h.answer(h.replica))
-	mux.HandleFunc("/read-only", h.answer(func(l Live, now boottime.Instant) string {
+	mux.HandleFunc("/replica", h.readers(h.replica))
+	mux.HandleFunc("/read-only", h.readers(func(l Live, w wishes, now boottime.Instant) string {
 		if h.primary(l, now) == "" {
-			return ""
+			return "" // there is nothing newer
 		}
-		return h.replica(l, now)
+		return h.replica(l, w, now)
 	}))
+	mux.HandleFunc("GET /token", h.token)
 	mux.HandleFunc("/health", h.answer(h.health))
 	mux.HandleFunc("/readiness", h.answer(h.health))
 	mux.HandleFunc("/liveness", h.answer(h.alive))
@@ -114,6 +119,9 @@ func (h *Health) answer(why func(Live, boottime.Instant) string) http.HandlerFun
 		now := h.cfg.Clock.Now()
 		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Reason: why(l, now)}
 		v.OK = v.Reason == ""
+		if l.Role == RoleStandby {
+			l.Replica.tell(w.Header(), &v, now)
+		}
 		if l.Deadline > now {
 			ms := l.Deadline.Sub(now).Milliseconds()
 			v.LeaseMS = &ms
@@ -140,14 +148,55 @@ func (h *Health) primary(l Live, now boottime.Instant) string {
 	return ""
 }
 
-func (h *Health) replica(l Live, _ boottime.Instant) string {
+func (h *Health) replica(l Live, w wishes, now boottime.Instant) string {
 	switch {
 	case l.Role != RoleStandby:
 		return "not a standby"
 	case !l.ServesReads:
 		return "no reads are served here"
 	}
-	return ""
+	return w.refuses(l.Replica, now)
+}
+
+// readers is answer for questions that a reader's wishes belong to.
+func (h *Health) readers(why func(Live, wishes, boottime.Instant) string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		wish, err := wishesOf(r)
+		if err != nil {
+			writeJSON(w, http.StatusBadRequest, verdict{Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Reason: err.Error()})
+			return
+		}
+		h.answer(func(l Live, now boottime.Instant) string { return why(l, wish, now) })(w, r)
+	}
+}
+
+// token answers, after the next snapshot, with what a replica must have to show everything that
+// was acknowledged before the question. It makes no snapshot come earlier: ?wait=30s bounds
+// the time, 503 says that it was too short or that this is not the primary.
+func (h *Health) token(w http.ResponseWriter, r *http.Request) {
+	wait := tokenPatience
+	if text := r.URL.Query().Get("wait"); text != "" {
+		d, err := time.ParseDuration(text)
+		if err != nil || d <= 0 {
+			writeJSON(w, http.StatusBadRequest, tokenAnswer{Reason: fmt.Sprintf("wait %q is no duration; write 30s", text)})
+			return
+		}
+		wait = min(d, tokenMost)
+	}
+	// The server's own limit is for quick answers.
+	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wait + 10*time.Second)); err != nil {
+		h.cfg.Log.Debug("deadline of an answer not set", "error", err)
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), wait)
+	defer cancel()
+	w.Header().Set("Cache-Control", "no-store")
+	t, err := h.cfg.Agent.Token(ctx)
+	if err != nil {
+		writeJSON(w, http.StatusServiceUnavailable, tokenAnswer{Reason: err.Error()})
+		return
+	}
+	w.Header().Set(HeaderToken, t.String())
+	writeJSON(w, http.StatusOK, tokenAnswer{Token: t.String(), Term: t.Term, Seq: t.Seq})
 }
 
 // alive: the supervisor's loop goes round.

@@ -119,6 +119,7 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge("database_up", "1 if the database's container runs and its last probe was answered.", flag(s.Database.Running && s.Database.Healthy))
 	gauge("database_restarts", "Deaths of the database in this term that were answered by a restart.", float64(s.Database.Restarts))
+	collectReplica(s.Replica, gauge, counter)
 	gauge("gate_open", "1 while the kernel lets clients reach the write port.", flag(s.Gate.Open))
 	gauge("guard_ok", "1 if the guard process answers.", flag(s.Guard.OK))
 	gauge("forks", "Volumes that were set aside because history went on without them.", float64(len(s.Forks)))
@@ -129,4 +130,29 @@ func flag(b bool) float64 {
 		return 1
 	}
 	return 0
+}
+
+// collectReplica sends what is known of the read-only copies.
+func collectReplica(r *Replica, gauge func(string, string, float64, ...string), counter func(string, string, float64)) {
+	if r == nil {
+		return
+	}
+	gauge("replica_serving", "1 while a read-only copy has the read port and answers.", flag(r.Serving != nil && r.Serving.Healthy))
+	gauge("replica_draining", "1 while sessions of the copy before go on.", flag(r.Draining != nil))
+	counter("replica_refreshes_total", "Read-only copies that were given the read port since the agent started.", float64(r.Refreshes))
+	counter("replica_refresh_failures_total", "Refreshes that failed since the agent started.", float64(r.Failures))
+	gauge("replica_consecutive_failures", "Refreshes that failed since the last one that succeeded.", float64(r.ConsecutiveFailures))
+	gauge("replica_refresh_seconds", "How long the last refresh took.", r.RefreshSeconds)
+	gauge("replica_fetched_bytes", "Bytes that the last refresh read of the share beyond what the local copy had.", float64(r.FetchedBytes))
+	if c := r.Serving; c != nil {
+		gauge("replica_term", "Term of the snapshot that is served.", float64(c.Term))
+		gauge("replica_sequence", "Sequence number of the snapshot that is served.", float64(c.Seq))
+		gauge("replica_sessions", "Connections of readers to the copy that serves.", float64(c.Sessions))
+		if c.AgeSeconds != nil {
+			gauge("replica_age_seconds", "How old the data that are served may be at most.", *c.AgeSeconds)
+		}
+	}
+	if c := r.Draining; c != nil {
+		gauge("replica_draining_sessions", "Connections of readers to the copy before.", float64(c.Sessions))
+	}
 }

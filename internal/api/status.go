@@ -62,6 +62,7 @@ type Status struct {
 
 	Local     Local     `json:"local"`
 	Database  Database  `json:"database"`
+	Replica   *Replica  `json:"replica,omitempty"` // null where no reads are served
 	Sync      Sync      `json:"sync"`
 	Upkeep    Upkeep    `json:"upkeep"`
 	Forks     []Fork    `json:"forks"`
@@ -237,4 +238,37 @@ type Event struct {
 	From     string    `json:"from,omitempty"`
 	To       string    `json:"to,omitempty"`
 	Text     string    `json:"text"`
+}
+
+// Replica is how reads are served here.
+type Replica struct {
+	Ports    []int        `json:"ports"`    // the stable read ports
+	Serving  *ReplicaCopy `json:"serving"`  // has the read ports; null: nothing does
+	Draining *ReplicaCopy `json:"draining"` // the one before, whose sessions go on
+	// Phase is what is being done to bring up the next one; "" while nothing is.
+	Phase               string `json:"phase,omitempty"`
+	Refreshes           int64  `json:"refreshes"` // of this incarnation
+	Failures            int64  `json:"failures"`  // of this incarnation
+	ConsecutiveFailures int    `json:"consecutive_failures"`
+	LastError           string `json:"last_error,omitempty"`
+	// RefreshSeconds is how long the last refresh took; Copy how its files were made ("clone" or
+	// "two copies"); FetchedBytes what it read of the share beyond what the local copy had.
+	RefreshSeconds float64 `json:"refresh_seconds"`
+	Copy           string  `json:"copy,omitempty"`
+	FetchedBytes   int64   `json:"fetched_bytes"`
+	CopiedBytes    int64   `json:"copied_bytes"`
+}
+
+// ReplicaCopy is a read-only copy of the database.
+type ReplicaCopy struct {
+	Container string    `json:"container"`
+	Snapshot  string    `json:"snapshot"`
+	Term      uint64    `json:"term"`
+	Seq       uint64    `json:"seq"`
+	Frozen    time.Time `json:"frozen"` // by the primary's time of day
+	// AgeSeconds is an upper bound of how old the data are; null: not known yet.
+	AgeSeconds *float64 `json:"age_seconds"`
+	Healthy    bool     `json:"healthy"`
+	Error      string   `json:"error,omitempty"`
+	Sessions   int      `json:"sessions"` // connections of readers
 }

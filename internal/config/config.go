@@ -33,12 +33,17 @@ type Config struct {
 	// "never" (default; use `dbsupervisor init`) or "once".
 	Init string `yaml:"init"`
 
+	// Role says what this instance may be: "any" (default), or "replica", which serves reads
+	// (replica.enabled) and never becomes primary (failover.nofailover).
+	Role string `yaml:"role"`
+
 	Lease     Lease     `yaml:"lease"`
 	Sync      Sync      `yaml:"sync"`
 	Retention Retention `yaml:"retention"`
 	Database  Database  `yaml:"database"`
 	HTTP      HTTP      `yaml:"http"`
 	Failover  Failover  `yaml:"failover"`
+	Replica   Replica   `yaml:"replica"`
 	Log       Log       `yaml:"log"`
 
 	src *source // where the keys are in the file; nil for a Config made by hand

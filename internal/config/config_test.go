@@ -115,7 +115,7 @@ database:
   cap_add: [SYS_NICE]
   cap_drop: [NET_RAW]
   sysctls: {net.core.somaxconn: "1024"}
-  network: host
+  network: db-net
   stop_signal: SIGTERM
   stop_timeout: 1m
   probe: [true-ish]
@@ -126,6 +126,34 @@ database:
   after_freeze: [y]
   max_restarts: 0
   restart_window: 5m
+role: replica
+replica:
+  enabled: true
+  ports: [{container: 5432, host: 5433, address: 127.0.0.1}]
+  interval: 5s
+  schedule: "@every 1h"
+  warm: [[a, b], [c]]
+  warm_timeout: 2m
+  drain: 3m
+  on_failure: stop
+  max_age: 4m
+  memory: 1GiB
+  cpus: 2.5
+  read_only:
+    enforced: rights
+    why: because
+    entrypoint: [/e]
+    command: [c]
+    default_command: [d]
+    args: [-x]
+    env: {E: f}
+    user: "5"
+    files: [{path: /f, content: g, mode: 0600}]
+    volume_read_only: true
+    prepare: [p]
+    ready: [r]
+    probe: [q]
+    stop_signal: SIGQUIT
 http: {listen: "127.0.0.1:9000"}
 failover: {nofailover: true}
 log: {level: debug, json: true}
@@ -147,9 +175,20 @@ log: {level: debug, json: true}
 			Ports:   []Port{{Container: 5432, Host: 15432, Address: "127.0.0.1"}, {Container: 99, Host: 99}},
 			ShmSize: 64 << 20, Memory: 1 << 30, CPUs: 1.5, Ulimits: map[string]int64{"nofile": 1000},
 			CapAdd: []string{"SYS_NICE"}, CapDrop: []string{"NET_RAW"}, Sysctls: map[string]string{"net.core.somaxconn": "1024"},
-			Network: "host", StopSignal: "SIGTERM", StopTimeout: time.Minute, Probe: []string{"true-ish"},
+			Network: "db-net", StopSignal: "SIGTERM", StopTimeout: time.Minute, Probe: []string{"true-ish"},
 			ProbeInterval: time.Second, ProbeTimeout: 2 * time.Second, StartTimeout: 3 * time.Minute,
 			BeforeFreeze: []string{"x"}, AfterFreeze: []string{"y"}, MaxRestarts: 0, RestartWindow: 5 * time.Minute,
+		},
+		Role: RoleReplica,
+		Replica: Replica{
+			Enabled: true, Ports: []Port{{Container: 5432, Host: 5433, Address: "127.0.0.1"}}, Interval: 5 * time.Second,
+			Schedule: "@every 1h", Warm: [][]string{{"a", "b"}, {"c"}}, WarmTimeout: 2 * time.Minute, Drain: 3 * time.Minute,
+			OnFailure: "stop", MaxAge: 4 * time.Minute, Memory: 1 << 30, CPUs: 2.5,
+			ReadOnly: ReadOnly{
+				Enforced: EnforcedByRights, Why: "because", Entrypoint: []string{"/e"}, Command: []string{"c"}, DefaultCommand: []string{"d"},
+				Args: []string{"-x"}, Env: map[string]string{"E": "f"}, User: "5", Files: []ReadOnlyFile{{Path: "/f", Content: "g", Mode: 0o600}},
+				VolumeReadOnly: true, Prepare: []string{"p"}, Ready: []string{"r"}, Probe: []string{"q"}, StopSignal: "SIGQUIT",
+			},
 		},
 		HTTP: HTTP{Listen: "127.0.0.1:9000"}, Failover: Failover{NoFailover: true}, Log: Log{Level: "debug", JSON: true},
 	}
@@ -405,10 +444,15 @@ func TestExample(t *testing.T) {
 	free := map[string]bool{
 		"instance": true, "zone": true, "sync.interval": true, "advertise": true, "sync.workers": true, "database.env": true, "database.ports": true, "database.command": true,
 		"database.user": true, "database.mounts": true, "database.memory": true, "database.cpus": true, "database.ulimits": true,
+		"replica.ports": true, "replica.schedule": true, "replica.warm": true, "replica.memory": true, "replica.cpus": true,
 		// from the profile:
+		"replica.read_only.enforced": true, "replica.read_only.why": true, "replica.read_only.args": true, "replica.read_only.files": true,
+		"replica.read_only.probe": true, "replica.read_only.default_command": true,
 		"database.data_path": true, "database.stop_signal": true, "database.stop_timeout": true, "database.shm_size": true, "database.probe": true,
 		// [] instead of unset:
 		"database.entrypoint": true, "database.cap_add": true, "database.cap_drop": true, "database.sysctls": true, "database.before_freeze": true, "database.after_freeze": true,
+		"replica.read_only.entrypoint": true, "replica.read_only.command": true, "replica.read_only.env": true, "replica.read_only.prepare": true,
+		"replica.read_only.ready": true, "replica.read_only.user": true, "replica.read_only.stop_signal": true,
 	}
 	for _, k := range Diff(full, want) {
 		if !free[k] {

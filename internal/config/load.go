@@ -111,6 +111,7 @@ func (c *Config) rest(data []byte) Errors {
 func Default() *Config {
 	return &Config{
 		Init:  "never",
+		Role:  RoleAny,
 		Lease: Lease{Backend: "file", TTL: 10 * time.Second},
 		Sync: Sync{
 			Schedule: "@every 1m", Tier: "auto", Rehash: 4 << 20, SpareCopy: "auto",
@@ -124,8 +125,9 @@ func Default() *Config {
 			Pull: "missing", Network: "bridge", ProbeInterval: 2 * time.Second, ProbeTimeout: 5 * time.Second,
 			StartTimeout: 5 * time.Minute, MaxRestarts: 3, RestartWindow: 10 * time.Minute,
 		},
-		HTTP: HTTP{Listen: ":8008"},
-		Log:  Log{Level: "info"},
+		Replica: Replica{Interval: 10 * time.Second, WarmTimeout: time.Minute, Drain: time.Minute, OnFailure: "keep"},
+		HTTP:    HTTP{Listen: ":8008"},
+		Log:     Log{Level: "info"},
 	}
 }
 
@@ -174,6 +176,7 @@ func (c *Config) derive() error {
 			p.Host = p.Container
 		}
 	}
+	c.replicaDefaults()
 	return nil
 }
 

@@ -244,6 +244,7 @@ func (v *validator) ports() {
 		v.need(!taken, key, fmt.Sprintf("uses host port %d, which is taken by %s", p.Host, other), "give each a port of its own")
 		used[p.Host] = key
 	}
+	v.replica(used)
 }
 
 func matches(pattern, s string) bool { return regexp.MustCompile(pattern).MatchString(s) }

@@ -167,6 +167,10 @@ func addPort(cfg *container.Config, host *container.HostConfig, p Port) error {
 	if p.Host == 0 {
 		p.Host = p.Container
 	}
+	hostPort := strconv.Itoa(p.Host)
+	if p.Host == PortAny {
+		p.Host, hostPort = p.Container, "" // the engine chooses
+	}
 	if p.Container < 1 || p.Container > 65535 || p.Host < 1 || p.Host > 65535 {
 		return fmt.Errorf("port %d to %d: %w", p.Host, p.Container, ErrInvalidSpec)
 	}
@@ -180,7 +184,7 @@ func addPort(cfg *container.Config, host *container.HostConfig, p Port) error {
 		return fmt.Errorf("port %d/%s: %w (%w)", p.Container, proto, ErrInvalidSpec, err)
 	}
 	cfg.ExposedPorts[port] = struct{}{}
-	host.PortBindings[port] = append(host.PortBindings[port], nat.PortBinding{HostIP: p.Address, HostPort: strconv.Itoa(p.Host)})
+	host.PortBindings[port] = append(host.PortBindings[port], nat.PortBinding{HostIP: p.Address, HostPort: hostPort})
 	return nil
 }
 

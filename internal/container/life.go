@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 
@@ -51,6 +52,16 @@ func (d *Docker) info(c container.InspectResponse) Info {
 		out.ImageDigest = l
 	}
 	if c.NetworkSettings != nil {
+		for port, bindings := range c.NetworkSettings.Ports {
+			for _, b := range bindings {
+				if n, err := strconv.Atoi(b.HostPort); err == nil && port.Proto() == "tcp" {
+					if out.Published == nil {
+						out.Published = map[int]int{}
+					}
+					out.Published[port.Int()] = n
+				}
+			}
+		}
 		for _, n := range c.NetworkSettings.Networks {
 			if n != nil && n.IPAddress != "" {
 				out.IP = n.IPAddress

@@ -18,8 +18,18 @@ const (
 	LabelTerm     = "dbsupervisor.term"
 	LabelVolume   = "dbsupervisor.volume"
 	LabelRole     = "dbsupervisor.role"
+	// LabelGeneration tells a replica's container from the one before and the next.
+	LabelGeneration = "dbsupervisor.generation"
 	// LabelImage holds the image's digest as EnsureImage returned it. Run sets it.
 	LabelImage = "dbsupervisor.image"
+)
+
+// Values of LabelRole. Only one container of RolePrimary is ever a writer, and nothing but
+// its label makes a container that: those of RoleReplica are never fenced, guarded or adopted
+// as a primary's.
+const (
+	RolePrimary = "primary"
+	RoleReplica = "replica"
 )
 
 // Errors of this package. Test them with errors.Is.
@@ -100,10 +110,13 @@ type Mount struct {
 	ReadOnly       bool
 }
 
+// PortAny lets the engine choose a port of this machine; see Info.Published.
+const PortAny = -1
+
 // Port publishes a port.
 type Port struct {
 	Container int
-	Host      int    // 0 means the same number
+	Host      int    // 0 means the same number, PortAny one that is free
 	Address   string // of this machine; "" means all
 	Protocol  string // "tcp" if empty
 }
@@ -128,6 +141,9 @@ type Info struct {
 	// IP is the container's own address in its network, "" in host and none: for probing the
 	// database past the published port.
 	IP string
+	// Published are the ports of this machine that lead to the container's TCP ports, while it
+	// runs.
+	Published map[int]int
 	// Restart is the restart policy as the engine has it: "no" for every container of ours.
 	Restart string
 }

@@ -45,6 +45,8 @@ type Profile struct {
 	// FirstStartNeeds lists variables of which at least one must be set before the image
 	// can make a new database.
 	FirstStartNeeds []string `yaml:"first_start_needs"`
+	// Replica says how to run it read-only; nothing in it means that there is no known way.
+	Replica config.ReadOnly `yaml:"replica"`
 }
 
 // Names lists the profiles that are built in, sorted.
@@ -130,6 +132,10 @@ func Resolve(cfg *config.Config) (warnings []string, err error) {
 		return nil, err
 	}
 	cfg.Database = p.Merge(cfg.Database)
+	cfg.MergeReadOnly(p.Replica)
+	if cfg.Replica.ReadOnly.Probe == nil {
+		cfg.Replica.ReadOnly.Probe = cfg.Database.Probe
+	}
 	d := &cfg.Database
 	switch {
 	case d.Image == "":
@@ -141,6 +147,10 @@ func Resolve(cfg *config.Config) (warnings []string, err error) {
 	}
 	if d.Network == "host" && len(d.Probe) == 0 {
 		return nil, cfg.ErrorAt("database.probe", "is required with network: host", "the main port is closed until the probe is answered, so connecting to it can't be the probe; name a command that asks the database")
+	}
+	if cfg.Replica.Enabled && cfg.Replica.ReadOnly.Enforced == "" {
+		return nil, cfg.ErrorAt("replica.enabled", "is not possible: no way is known to run this engine read-only",
+			"leave replicas out, or say in replica.read_only how it is run (enforced, args, files, probe)")
 	}
 	// The profile's defaults can collide with what the file says (http.listen, mounts).
 	if err := cfg.Validate(); err != nil {

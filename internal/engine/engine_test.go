@@ -94,7 +94,7 @@ func TestEverythingCanBeOverridden(t *testing.T) {
 	for i := range pv.NumField() {
 		name := pv.Type().Field(i).Name
 		switch name {
-		case "Ports", "FirstStartNeeds":
+		case "Ports", "FirstStartNeeds", "Replica":
 			continue
 		}
 		if !reflect.DeepEqual(pv.Field(i).Interface(), gv.FieldByName(name).Interface()) {

@@ -4,17 +4,13 @@
 package fence
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os/exec"
 	"regexp"
 	"sort"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"dbsupervisor/internal/boottime"
@@ -28,12 +24,6 @@ var (
 	ErrNoNFT = errors.New("nft can't be used; install the nftables package and run as root")
 	// ErrTooLate: the deadline was over before the gate could be opened for it. It is closed.
 	ErrTooLate = errors.New("deadline is already over")
-)
-
-const (
-	nftTimeout = 5 * time.Second // of one nft call when ctx allows longer
-	// nftKillWait is how long a killed nft may hold our pipes open.
-	nftKillWait = 500 * time.Millisecond
 )
 
 var tableName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_-]{0,62}$`)
@@ -64,7 +54,7 @@ type GateConfig struct {
 // The kernel's timer stands still while the machine is suspended; the guard's does not.
 type Gate struct {
 	cfg GateConfig
-	mu  sync.Mutex // one nft call at a time
+	cmd nftCommand
 }
 
 // NewGate returns a gate; nothing is changed before Install.
@@ -80,7 +70,7 @@ func NewGate(cfg GateConfig) *Gate {
 	}
 	cfg.Ports = append([]uint16(nil), cfg.Ports...)
 	sort.Slice(cfg.Ports, func(i, j int) bool { return cfg.Ports[i] < cfg.Ports[j] })
-	return &Gate{cfg: cfg}
+	return &Gate{cfg: cfg, cmd: nftCommand{argv: cfg.NFT}}
 }
 
 // Install puts the gate in place, in one transaction. A new gate is closed. Where the same
@@ -90,7 +80,7 @@ func (g *Gate) Install(ctx context.Context) error {
 	if err := g.check(); err != nil {
 		return fmt.Errorf("install gate: %w", err)
 	}
-	if _, err := g.nft(ctx, g.ruleset); err != nil {
+	if _, err := g.cmd.run(ctx, g.ruleset); err != nil {
 		return fmt.Errorf("install gate: %w", err)
 	}
 	return nil
@@ -113,13 +103,13 @@ func (g *Gate) OpenUntil(ctx context.Context, deadline boottime.Instant) error {
 		}
 		return g.elements(left), nil
 	}
-	_, err := g.nft(ctx, script)
+	_, err := g.cmd.run(ctx, script)
 	if err != nil && isMissing(err) {
 		if cerr := g.check(); cerr != nil {
 			return fmt.Errorf("open gate: %w", cerr)
 		}
 		g.cfg.Log.Warn("firewall table was gone, installing it again", "table", g.cfg.Table)
-		_, err = g.nft(ctx, func() (string, error) {
+		_, err = g.cmd.run(ctx, func() (string, error) {
 			rules, _ := g.ruleset()
 			open, err := script()
 			return rules + open, err
@@ -142,7 +132,7 @@ func (g *Gate) OpenUntil(ctx context.Context, deadline boottime.Instant) error {
 // Close closes the gate at once. Closing a closed gate is no error; closing one that is not
 // installed puts it in place, closed.
 func (g *Gate) Close(ctx context.Context) error {
-	_, err := g.nft(ctx, func() (string, error) {
+	_, err := g.cmd.run(ctx, func() (string, error) {
 		return fmt.Sprintf("flush set inet %s open\n", g.cfg.Table), nil
 	})
 	if err != nil && isMissing(err) {
@@ -157,7 +147,7 @@ func (g *Gate) Close(ctx context.Context) error {
 // Remove takes the gate away, which leaves the ports open for ever: for removing the software
 // from a machine, not for closing. It is idempotent.
 func (g *Gate) Remove(ctx context.Context) error {
-	_, err := g.nft(ctx, func() (string, error) {
+	_, err := g.cmd.run(ctx, func() (string, error) {
 		return fmt.Sprintf("add table inet %[1]s\ndelete table inet %[1]s\n", g.cfg.Table), nil
 	})
 	if err != nil {
@@ -169,7 +159,7 @@ func (g *Gate) Remove(ctx context.Context) error {
 // IsOpen reports whether all ports are open and for how long still. A gate that is not
 // installed is an error.
 func (g *Gate) IsOpen(ctx context.Context) (bool, time.Duration, error) {
-	out, err := g.nft(ctx, nil, "list", "set", "inet", g.cfg.Table, "open")
+	out, err := g.cmd.run(ctx, nil, "list", "set", "inet", g.cfg.Table, "open")
 	if err != nil {
 		return false, 0, fmt.Errorf("look at gate: %w", err)
 	}
@@ -271,76 +261,6 @@ func (g *Gate) ruleset() (string, error) {
 		}
 	}
 	return b.String(), nil
-}
-
-// nft runs the command; with a script, it is made when nft already waits for it.
-func (g *Gate) nft(ctx context.Context, script func() (string, error), args ...string) (string, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, nftTimeout)
-	defer cancel()
-	argv := append([]string(nil), g.cfg.NFT...)
-	if script != nil {
-		argv = append(argv, "-f", "-")
-	}
-	argv = append(argv, args...)
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.WaitDelay = nftKillWait
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return "", fmt.Errorf("run nft: %w", err)
-	}
-	if err := cmd.Start(); err != nil {
-		if errors.Is(err, exec.ErrNotFound) {
-			err = ErrNoNFT
-		}
-		return "", fmt.Errorf("run nft: %w", err)
-	}
-	var serr error
-	if script != nil {
-		var text string
-		if text, serr = script(); serr == nil {
-			_, serr = io.WriteString(stdin, text)
-		} else {
-			cancel() // an empty script would be a success
-		}
-	}
-	_ = stdin.Close() // nft's exit code tells whether it got everything
-	err = cmd.Wait()
-	switch {
-	case serr != nil && err == nil, errors.Is(serr, ErrTooLate):
-		return "", serr
-	case err == nil:
-		return out.String(), nil
-	case ctx.Err() != nil:
-		return "", fmt.Errorf("run nft: no answer: %w", ctx.Err())
-	}
-	msg := strings.TrimSpace(errOut.String())
-	first, _, _ := strings.Cut(msg, "\n")
-	if strings.Contains(msg, "Operation not permitted") || strings.Contains(msg, "netlink: Error: cache initialization failed") {
-		return "", fmt.Errorf("run nft: %s: %w", first, ErrNoNFT)
-	}
-	return "", &nftError{msg: msg, err: err}
-}
-
-// nftError is a script that nft or the kernel refused.
-type nftError struct {
-	msg string
-	err error
-}
-
-func (e *nftError) Error() string {
-	return fmt.Sprintf("run nft: %s (%v)", strings.Join(strings.Fields(e.msg), " "), e.err)
-}
-
-func (e *nftError) Unwrap() error { return e.err }
-
-// isMissing says that the table or set is not there.
-func isMissing(err error) bool {
-	var e *nftError
-	return errors.As(err, &e) && strings.Contains(e.msg, "No such file or directory")
 }
 
 // expiry finds "5432 timeout 8s expires 7s492ms" in nft's listing of a set.

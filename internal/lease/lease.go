@@ -62,6 +62,10 @@ type Config struct {
 	// the old deadline stays and View.FenceErr says why. It must honour ctx, and of the
 	// Lease's methods it may call only View and Relinquish.
 	Extend func(ctx context.Context, term uint64, deadline boottime.Instant) error
+	// Vouch, if set, fills in what the holder knows of head at this moment (HeadAge, CleanSeq)
+	// in each record that it makes for its term. It is called again for a swap that is repeated,
+	// and may call only View.
+	Vouch func(next *Record)
 }
 
 func (c Config) check() error {
@@ -101,6 +105,9 @@ type Lease struct {
 	rec         Record
 	loaded      bool
 	seenSince   boottime.Instant
+	lookedAt    boottime.Instant // when the last look began that returned rec
+	unseenAt    boottime.Instant // when the last look began that returned an older one; 0: none did
+	madeAfter   boottime.Instant // the same of the version before rec
 	lastContact boottime.Instant
 	err         error
 	fenceErr    error
@@ -196,6 +203,10 @@ type View struct {
 	Loaded bool // Record was read at least once
 	// SeenSince is when this very version was first seen here.
 	SeenSince boottime.Instant
+	// MadeAfter is a moment on this instance's clock before which Record was certainly not
+	// made: its maker knew the version before it, and a look that began then had not shown that
+	// version yet. 0: not known.
+	MadeAfter boottime.Instant
 	// ChallengeAt is the earliest moment at which this instance may acquire; 0 = at once.
 	// It means nothing while Loaded is false or Holding is true.
 	ChallengeAt boottime.Instant
@@ -224,6 +235,7 @@ func (l *Lease) View() View {
 		Record:      l.rec,
 		Loaded:      l.loaded,
 		SeenSince:   l.seenSince,
+		MadeAfter:   l.madeAfter,
 		Holding:     l.held != nil && now < l.held.deadline,
 		Expired:     l.expired || (l.held != nil && now >= l.held.deadline),
 		Deadline:    l.deadline,
@@ -306,6 +318,7 @@ func (l *Lease) Refresh(ctx context.Context) error {
 func (l *Lease) load(ctx context.Context) error {
 	octx, cancel := context.WithTimeout(ctx, l.cfg.OpTimeout)
 	defer cancel()
+	began := l.cfg.Clock.Now()
 	rec, err := l.cfg.Register.Load(octx)
 	if err == nil {
 		err = l.checkMemory(octx, rec)
@@ -314,7 +327,7 @@ func (l *Lease) load(ctx context.Context) error {
 		l.failed(err)
 		return err
 	}
-	return l.observe(rec, false)
+	return l.observe(rec, began, false)
 }
 
 // checkMemory compares the first record after a start with what earlier starts saw.
@@ -364,8 +377,9 @@ func (l *Lease) failed(err error) {
 	l.notify()
 }
 
-// observe takes over what the register answered: by a look, or (own) by a swap of ours.
-func (l *Lease) observe(rec Record, own bool) error {
+// observe takes over what the register answered: by a look, or (own) by a swap of ours, that
+// began then.
+func (l *Lease) observe(rec Record, began boottime.Instant, own bool) error {
 	now := l.cfg.Clock.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -388,6 +402,7 @@ func (l *Lease) observe(rec Record, own bool) error {
 		}
 	}
 	l.err, l.blocked = nil, nil
+	l.place(rec, began)
 	if !l.loaded || rec.Version != l.rec.Version {
 		l.watchNames(rec, own)
 		if rec.Term != l.rec.Term && l.loaded {
@@ -406,6 +421,19 @@ func (l *Lease) observe(rec Record, own bool) error {
 	}
 	l.err = l.duplicate
 	return l.duplicate
+}
+
+// place notes between which looks a record was made. l.mu is held, l.rec is the record before.
+func (l *Lease) place(rec Record, began boottime.Instant) {
+	if l.loaded && rec.Version != l.rec.Version {
+		if rec.Version == l.rec.Version+1 {
+			l.madeAfter = l.unseenAt
+		} else {
+			l.madeAfter = l.lookedAt // that look had not shown the version before it either
+		}
+		l.unseenAt = l.lookedAt
+	}
+	l.lookedAt = began
 }
 
 // settle forgets what was offered: every offer was for the number after the record known

@@ -53,6 +53,7 @@ func (l *Lease) acquire(ctx context.Context, edit func(*Record)) error {
 		return err
 	}
 	next := cur.Clone()
+	next.HeadAge = 0
 	next.Term = cur.Term + 1
 	next.Holder = l.self
 	next.Inherited = cur.Released && cur.Complete
@@ -188,8 +189,11 @@ func (l *Lease) Commit(ctx context.Context, basis Record, edit func(*Record)) (R
 			if err != nil {
 				return Record{}, err
 			}
-			ttl := next.TTL
+			ttl, vouched := next.TTL, next.HeadAge
 			edit(&next)
+			if !next.SameHead(cur) && next.HeadAge == vouched {
+				next.HeadAge = 0 // that was said of another head
+			}
 			// Not an edit's to change.
 			next.ClusterID, next.Term, next.TTL = cur.ClusterID, cur.Term, ttl
 			next.Holder.Instance, next.Holder.Incarnation = cur.Holder.Instance, cur.Holder.Incarnation

@@ -56,6 +56,11 @@ type Record struct {
 	// CleanSeq counts renewals that found the volume unchanged since the head's freeze:
 	// a replica may then reset the age of its data although head did not move.
 	CleanSeq uint64 `json:"clean_seq,omitempty"`
+	// HeadAge is how long before this record was made the head was known to hold everything
+	// that had been written: since the freeze of head, or since a later look that found the
+	// volume unchanged. Measured by the holder, on its clock; 0 means that it does not know, or
+	// that somebody else wrote the record.
+	HeadAge Duration `json:"head_age,omitempty"`
 	// By is the incarnation that wrote this record. It differs from Holder.Incarnation only
 	// where another instance left an order or paused the cluster.
 	By string `json:"by,omitempty"`

@@ -30,7 +30,7 @@ func (l *Lease) swap(ctx context.Context, prev, next Record) (attempt, error) {
 	a.rec, err = l.cfg.Register.CompareAndSwap(octx, prev, next)
 	switch {
 	case err == nil:
-		if err := l.observe(a.rec, true); err != nil {
+		if err := l.observe(a.rec, a.sent, true); err != nil {
 			return a, err
 		}
 		return a, nil
@@ -81,7 +81,10 @@ func (l *Lease) apply(ctx context.Context, c change) (attempt, error) {
 		if err := ctx.Err(); err != nil {
 			return lost(err)
 		}
-		next, err := c.next(cur)
+		// What its maker vouched for holds for the moment at which it was made only.
+		from := cur
+		from.HeadAge = 0
+		next, err := c.next(from)
 		if err != nil {
 			return lost(err)
 		}
@@ -266,6 +269,9 @@ func (l *Lease) renewed(own *tenure, epoch uint64, cur Record) (Record, error) {
 	}
 	next := cur.Clone()
 	next.TTL = Duration(l.cfg.TTL)
+	if l.cfg.Vouch != nil {
+		l.cfg.Vouch(&next)
+	}
 	return next, nil
 }
 

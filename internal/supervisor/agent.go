@@ -57,6 +57,9 @@ func (s *Supervisor) Live() api.Live {
 	if v.Holding {
 		l.Deadline = v.Deadline
 	}
+	if s.replica != nil {
+		l.ServesReads, l.Replica = s.replica.live(s.clock.Now())
+	}
 	if d := s.degraded(v, db); len(d) > 0 {
 		l.Failing = strings.Join(d, "; ")
 	}
@@ -128,6 +131,11 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 	if bad := s.upkeep.checker.Damage(); len(bad) > 0 {
 		add("%d files of the store are damaged, the first: %s: %s (see `dbsupervisor snapshots verify`)", len(bad), bad[0].Path, bad[0].What)
 	}
+	if s.replica != nil {
+		if why := s.replica.degraded(); why != "" {
+			add("%s", why)
+		}
+	}
 	if n := s.fails[ActHydrate]; n > 0 {
 		add("local copy can't be brought to head (%d failures in a row)", n)
 	}
@@ -168,6 +176,9 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist, Upkeep: s.upkeepStatus(),
 		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},
 		Guard: api.Guard{OK: guardErr == nil, Error: text(guardErr)},
+	}
+	if s.replica != nil {
+		st.Replica = s.replica.status(now)
 	}
 	if !db.lastProbe.IsZero() {
 		at := db.lastProbe

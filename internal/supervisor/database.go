@@ -111,7 +111,8 @@ func newDatabase(cfg DatabaseConfig, set *config.Config, clock boottime.Clock, l
 }
 
 func (d *database) labels() map[string]string {
-	return map[string]string{container.LabelCluster: d.set.Cluster, container.LabelInstance: d.set.Instance}
+	return map[string]string{container.LabelCluster: d.set.Cluster, container.LabelInstance: d.set.Instance,
+		container.LabelRole: container.RolePrimary}
 }
 
 func (d *database) state() dbState {

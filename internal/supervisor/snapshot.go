@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"dbsupervisor/internal/api"
@@ -16,13 +17,18 @@ import (
 // to begin.
 func (s *Supervisor) snapshotJob(ctx context.Context) error {
 	s.mu.Lock()
-	waiters := s.syncNext
-	s.syncNext, s.syncWanted = nil, false
+	waiters := slices.Concat(s.syncNext, s.tokens)
+	s.syncNext, s.tokens, s.syncWanted = nil, nil, false
 	s.armSchedule()
 	s.mu.Unlock()
 	res, err := s.snapshot(ctx, false)
+	var token api.Token
+	if h := s.lease.View().Record.Head; err == nil && h != nil {
+		// Nobody else commits in this term: it is that snapshot's, or a later one's.
+		token = api.Token{Term: h.Term, Seq: h.Seq}
+	}
 	for _, w := range waiters {
-		w <- syncOutcome{result: res, err: err}
+		w <- syncOutcome{result: res, token: token, err: err}
 	}
 	return err
 }
@@ -122,7 +128,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 		res.ID, res.Unchanged = basis.Head.ID, true
 		res.DurationMS = ms(s.clock.Now().Sub(began))
 		s.mu.Lock()
-		s.safeUntil = frozenAt
+		s.safeUntil, s.cleanSeen = frozenAt, true
 		s.mu.Unlock()
 		return res, nil
 	}
@@ -153,7 +159,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	}
 	digest := s.db.state().digest
 	_, err = s.lease.Commit(ctx, basis, func(r *lease.Record) {
-		r.Head = HeadOf(tree.Ref)
+		r.Head, r.HeadAge = HeadOf(tree.Ref), ageSince(s.clock.Now(), frozenAt)
 		if digest != "" {
 			r.ImageDigest = digest
 		}

@@ -58,7 +58,6 @@ func (d *database) start(ctx context.Context, r startRequest) error {
 	spec.Labels = d.labels()
 	spec.Labels[container.LabelTerm] = strconv.FormatUint(r.Term, 10)
 	spec.Labels[container.LabelVolume] = r.VolumeID
-	spec.Labels[container.LabelRole] = "primary"
 	spec.Mounts = append([]container.Mount{{Source: r.VolumePath, Target: d.set.Database.DataPath}}, spec.Mounts...)
 	if _, ok := r.Deadline(); !ok {
 		return errTermOver

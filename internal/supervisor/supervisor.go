@@ -37,6 +37,9 @@ type Config struct {
 	Store    *volsync.Store
 	Volume   *volsync.Volume
 	Database DatabaseConfig
+	// Replica is what reads are served with while this instance is a standby; nil: never. Where
+	// replica.enabled is not set, what earlier settings left is cleared away.
+	Replica *ReplicaConfig
 	// Notify tells the service manager ("READY=1", "WATCHDOG=1", "STATUS=..."); nil: nobody.
 	Notify func(state string)
 	// Reload delivers new settings; only what can change without a restart is taken over.
@@ -84,10 +87,14 @@ type Supervisor struct {
 	syncNext   []chan syncOutcome // whoever waits for the next snapshot to begin
 	retainAt   boottime.Instant
 	upkeep     upkeep
+	ages       ages
+	replica    *replica           // nil: none
+	tokens     []chan syncOutcome // whoever waits for the next snapshot to begin by itself
 
 	baseline   string // ID of the head that captures are computed against
 	hasBase    bool
 	safeUntil  boottime.Instant // every write before is in a committed snapshot; 0: unknown
+	cleanSeen  bool             // safeUntil has moved without a new head, and no record says so yet
 	lastCommit *api.LastCommit
 	commits    int64
 	failures   int64
@@ -105,6 +112,7 @@ type Supervisor struct {
 
 type syncOutcome struct {
 	result api.SyncResult
+	token  api.Token // of the head that holds what was captured
 	err    error
 }
 
@@ -143,7 +151,12 @@ func New(cfg Config) (*Supervisor, error) {
 	s.db.note = func(kind, text string) { s.event(kind, "", text) }
 	lc := cfg.Lease
 	lc.Self.VolumeID = cfg.Volume.State().ID
-	lc.Extend = s.db.extend
+	lc.Extend, lc.Vouch = s.db.extend, s.vouch
+	if cfg.Replica != nil {
+		if s.replica, err = s.newReplica(*cfg.Replica); err != nil {
+			return nil, err
+		}
+	}
 	if s.lease, err = lease.New(lc); err != nil {
 		return nil, fmt.Errorf("set up lease: %w", err)
 	}
@@ -172,6 +185,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	spawn(func() { s.resume(base) })
 	spawn(func() { s.db.monitor(base, s.poke) })
 	spawn(func() { s.pruneForks(base) })
+	if s.replica != nil {
+		spawn(func() { s.replica.run(base) })
+	}
 	go s.runUpkeep(base) // waits for the share, too
 	// The share may hang: nothing that waits for it is waited for at the end.
 	go s.members.run(base, memberEvery, s.member, s.nonce, s.memberFailed)
@@ -199,6 +215,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	cancel()
 	wg.Wait()
+	s.endReplica(base)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.fatal
@@ -363,6 +380,9 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 		s.upkeep.keeper = nil
 		s.baseline, s.hasBase, s.safeUntil = "", false, 0
 	}
+	if (o.Holding || o.Stopping) && s.replica != nil {
+		s.replica.interrupt()
+	}
 	if o.Holding && s.termCancel == nil {
 		s.termCtx, s.termCancel = context.WithCancel(base)
 		s.term = o.Record.Term
@@ -378,6 +398,7 @@ func (s *Supervisor) followTerm(base context.Context, o Observation) {
 func (s *Supervisor) observe() Observation {
 	now := s.clock.Now()
 	v := s.lease.View()
+	s.ages.note(v)
 	db := s.db.state()
 	o := Observation{
 		Self: s.set.Instance, Known: v.Loaded, Record: v.Record,

@@ -292,7 +292,8 @@ func (i *Instance) WaitAgent(ctx context.Context) error {
 // Container returns the full ID of the instance's running container, "" without one.
 func (i *Instance) Container(ctx context.Context) (string, error) {
 	out, err := docker(ctx, i.DockerHost, "ps", "-q", "--no-trunc",
-		"--filter", "label=dbsupervisor.cluster="+i.c.Name, "--filter", "label=dbsupervisor.instance="+i.Name).Output()
+		"--filter", "label=dbsupervisor.cluster="+i.c.Name, "--filter", "label=dbsupervisor.instance="+i.Name,
+		"--filter", "label=dbsupervisor.role=primary").Output()
 	if err != nil {
 		return "", fmt.Errorf("docker ps: %w", err)
 	}
