@@ -148,7 +148,7 @@ func testFields(t *testing.T, b Backend) {
 		Released: true, Complete: true, Inherited: true, Successor: "g", Paused: true,
 		Answer:   &lease.Answer{Order: "p", Error: "q", Hint: "r"},
 		Order:    &lease.Order{ID: "o", Kind: lease.OrderRollback, Term: 7, To: "h", Snapshot: "s"},
-		CleanSeq: 1<<64 - 1, By: "i", Wall: now,
+		CleanSeq: 1<<64 - 1, HeadAge: lease.Duration(time.Second), By: "i", Wall: now,
 	}
 	for f := range reflect.ValueOf(want).NumField() {
 		name := reflect.TypeOf(want).Field(f).Name
