@@ -297,7 +297,7 @@ func (k *Keeper) blocksOf(ctx context.Context, ref PackRef) (uint64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
-	p, err := k.s.openPack(ref)
+	foot, err := k.s.footerOf(ref)
 	if errors.Is(err, ErrDamaged) || errors.Is(err, ErrMissing) {
 		k.blocks[ref.Path] = 1 // not poor; verification tells about it
 		return 1, nil
@@ -305,11 +305,10 @@ func (k *Keeper) blocksOf(ctx context.Context, ref PackRef) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	_ = p.file.Close() // only read
 	if len(k.blocks) >= math.MaxUint16 {
 		clear(k.blocks)
 	}
-	n := uint64(len(p.foot.hashes))
+	n := uint64(len(foot.hashes))
 	k.blocks[ref.Path] = n
 	return n, nil
 }

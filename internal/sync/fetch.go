@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	stdsync "sync"
 
@@ -29,28 +30,14 @@ func (f *footers) get(ref PackRef) *footer {
 
 // load reads the footers of packs that are not known yet, several at once.
 func (f *footers) load(ctx context.Context, s *Store, packs []PackRef) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(s.openers())
-	for _, ref := range packs {
-		if f.get(ref) != nil {
-			continue
-		}
-		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			p, err := s.openPack(ref)
-			if err != nil {
-				return err
-			}
-			_ = p.file.Close() // only read
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.of[ref] = p.foot
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
+	packs = slices.DeleteFunc(slices.Clone(packs), func(ref PackRef) bool { return f.get(ref) != nil })
+	err := s.eachFooter(ctx, packs, func(i int, foot *footer) error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.of[packs[i]] = foot
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("read block hashes: %w", err)
 	}
 	return nil

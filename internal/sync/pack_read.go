@@ -48,6 +48,36 @@ func (s *Store) openPack(ref PackRef) (*packReader, error) {
 	return &packReader{path: ref.Path, file: f, foot: foot}, nil
 }
 
+// footerOf reads a pack's footer.
+func (s *Store) footerOf(ref PackRef) (*footer, error) {
+	p, err := s.openPack(ref)
+	if err != nil {
+		return nil, err
+	}
+	_ = p.file.Close() // only read
+	return p.foot, nil
+}
+
+// eachFooter reads the footers of packs, several at once, and calls f, concurrently, with the
+// number that the pack has in refs.
+func (s *Store) eachFooter(ctx context.Context, refs []PackRef, f func(i int, foot *footer) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(s.openers())
+	for i, ref := range refs {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			foot, err := s.footerOf(ref)
+			if err != nil {
+				return err
+			}
+			return f(i, foot)
+		})
+	}
+	return g.Wait()
+}
+
 func readFooter(f io.ReaderAt, ref PackRef) (*footer, error) {
 	if ref.Size < packHeader+footerHead+packTrailer {
 		return nil, &contentError{errors.New("is too small for a pack")}
@@ -144,25 +174,15 @@ func (s *Store) BlockHashes(ctx context.Context, t *Tree) (map[PackID][]uint64, 
 // EachBlockHashes calls f, concurrently, with the xxh3 of every block of each pack that the
 // tree refers to, so that they need not be in memory all at once.
 func (s *Store) EachBlockHashes(ctx context.Context, t *Tree, f func(id PackID, hashes []uint64) error) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(s.openers())
+	var refs []PackRef
+	var ids []PackID
 	for i, n := range countLive(t) {
-		if n == 0 {
-			continue
+		if n > 0 {
+			refs, ids = append(refs, t.Packs[i]), append(ids, PackID(i))
 		}
-		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			p, err := s.openPack(t.Packs[i])
-			if err != nil {
-				return err
-			}
-			_ = p.file.Close() // only read
-			return f(PackID(i), p.foot.hashes)
-		})
 	}
-	if err := g.Wait(); err != nil {
+	err := s.eachFooter(ctx, refs, func(i int, foot *footer) error { return f(ids[i], foot.hashes) })
+	if err != nil {
 		return fmt.Errorf("read block hashes: %w", err)
 	}
 	return nil

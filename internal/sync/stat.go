@@ -5,10 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	stdsync "sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
 // StoreStats says what is in a store and what it is for. Bytes are of the share unless they
@@ -132,26 +129,15 @@ func (s *StoreStats) age(d time.Duration) int {
 
 // countBlocks reads how many blocks the packs have.
 func (s *Store) countBlocks(ctx context.Context, packs map[string]*packStat) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(s.openers())
-	var mu stdsync.Mutex
+	var refs []PackRef
+	var stats []*packStat
 	for _, ps := range packs {
-		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			p, err := s.openPack(ps.ref)
-			if err != nil {
-				return err
-			}
-			_ = p.file.Close() // only read
-			mu.Lock()
-			defer mu.Unlock()
-			ps.blocks = uint64(len(p.foot.hashes))
-			return nil
-		})
+		refs, stats = append(refs, ps.ref), append(stats, ps)
 	}
-	return g.Wait()
+	return s.eachFooter(ctx, refs, func(i int, foot *footer) error {
+		stats[i].blocks = uint64(len(foot.hashes)) // each by one only
+		return nil
+	})
 }
 
 func (s *StoreStats) count(packs map[string]*packStat) {
