@@ -65,7 +65,7 @@ func (v *Volume) hydrate(ctx context.Context, s *Store, ref SnapshotRef, p Progr
 		}
 	}
 	stats, err := v.inPlace(ctx, s, tree, p)
-	stats.Copy, stats.Why = copyInPlace, why
+	stats.Copy, stats.Why = CopyInPlace, why
 	return stats, err
 }
 
@@ -324,11 +324,7 @@ func (x *index) fits(t *Tree) bool {
 func dataBytes(t *Tree) int64 {
 	var n int64
 	for _, in := range t.Inodes {
-		for _, e := range in.Extents {
-			if e.Kind == ExtentData {
-				n += int64(e.Count) * BlockSize
-			}
-		}
+		n += dataOf(in.Extents)
 	}
 	return n
 }

@@ -211,13 +211,9 @@ func (p *pinner) write() error {
 		case errors.Is(err, fs.ErrExist) && try < 3:
 			continue // a repeated creation; the next number is as good
 		case errors.Is(err, fs.ErrNotExist) && !made:
-			// A store from before there were pins.
 			made = true
-			if merr := p.s.cfg.FS.Mkdir(p.s.path(pinDir)); merr != nil && !errors.Is(merr, fs.ErrExist) {
+			if merr := p.s.makePins(); merr != nil {
 				return fmt.Errorf("create pin: %w", merr)
-			}
-			if serr := p.s.cfg.FS.SyncDir(p.s.cfg.Dir); serr != nil {
-				return fmt.Errorf("create pin: %w", serr)
 			}
 			continue
 		default:
@@ -239,6 +235,15 @@ func (p *pinner) write() error {
 		return fmt.Errorf("write pin: %w", err)
 	}
 	return nil
+}
+
+// makePins makes the directory of the pins in a store from before there were any. Only the
+// last level is made: a share that is not mounted stays an error.
+func (s *Store) makePins() error {
+	if err := s.cfg.FS.Mkdir(s.path(pinDir)); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return s.cfg.FS.SyncDir(s.cfg.Dir)
 }
 
 func (p *pinner) remove(counter uint64) error {

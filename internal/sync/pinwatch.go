@@ -147,12 +147,7 @@ func (s *Store) touchPins(ctx context.Context) error {
 		case errors.Is(err, fs.ErrExist):
 			return nil // a repeated creation: it has changed
 		case errors.Is(err, fs.ErrNotExist) && !made:
-			// A store from before there were pins. Only the last level is made: a share
-			// that is not mounted stays an error.
-			if merr := s.cfg.FS.Mkdir(s.path(pinDir)); merr != nil && !errors.Is(merr, fs.ErrExist) {
-				return merr
-			}
-			if err := s.cfg.FS.SyncDir(s.cfg.Dir); err != nil {
+			if err := s.makePins(); err != nil {
 				return err
 			}
 		default:
