@@ -22,6 +22,12 @@
 #   DBSUPERVISOR_INIT            once: the first machine makes the cluster (default: never)
 #   DBSUPERVISOR_SCHEDULE        when to commit snapshots (default "@every 1m")
 #   DBSUPERVISOR_START           no: enable, but don't start
+# A file system of its own for the volume, made once (dbsupervisor volume create), one of:
+#   DBSUPERVISOR_VOLUME_SIZE     in a file beside it, such as 20GiB
+#   DBSUPERVISOR_VOLUME_DEVICE   on this empty block device
+# and, if need be:
+#   DBSUPERVISOR_VOLUME_FS       xfs (default: standbys refresh in clones) or ext4
+#   DBSUPERVISOR_VOLUME_FILE     the file (default /var/lib/dbsupervisor/NAME.img)
 set -Eeuo pipefail
 
 STEP=begin
@@ -63,6 +69,14 @@ elif [ ! -e "$config" ]; then
 	fi
 fi
 
+volume_size=${DBSUPERVISOR_VOLUME_SIZE-} volume_device=${DBSUPERVISOR_VOLUME_DEVICE-}
+volume_fs=${DBSUPERVISOR_VOLUME_FS:-xfs}
+if [ -n "$volume_size" ] && [ -n "$volume_device" ]; then
+	fail "set only one of DBSUPERVISOR_VOLUME_SIZE and DBSUPERVISOR_VOLUME_DEVICE"
+fi
+make_volume=no
+if [ -n "$volume_size$volume_device" ]; then make_volume=yes; fi
+
 # retry COMMAND...: a machine that has just booted may wait for its network or for another
 # package run.
 retry() {
@@ -94,7 +108,20 @@ amzn\ 2023*)
 	;;
 *) fail "this is \"$os\"; made for Debian and Amazon Linux 2023" ;;
 esac
-if command -v dockerd >/dev/null && command -v nft >/dev/null; then
+needed=(dockerd nft)
+if [ $make_volume = yes ]; then
+	needed+=("mkfs.$volume_fs")
+	case $volume_fs in
+	xfs) packages+=(xfsprogs) ;;
+	ext4) packages+=(e2fsprogs) ;;
+	*) fail "DBSUPERVISOR_VOLUME_FS must be xfs or ext4 (is \"$volume_fs\")" ;;
+	esac
+fi
+missing=no
+for name in "${needed[@]}"; do
+	command -v "$name" >/dev/null || missing=yes
+done
+if [ $missing = no ]; then
 	log "present already"
 else
 	retry install_packages "${packages[@]}" >&2 || fail "cannot install ${packages[*]}"
@@ -154,6 +181,21 @@ for unit in "$src"/systemd/*.service "$src"/systemd/*.slice; do
 	put "$tmp/unit" "$ROOT/etc/systemd/system/$(basename "$unit")" 0644
 done
 put "$src/systemd/dbsupervisor.tmpfiles" "$ROOT/etc/tmpfiles.d/dbsupervisor.conf" 0644
+
+if [ $make_volume = yes ]; then
+	step "make the volume's file system"
+	dir=${DBSUPERVISOR_DIR:-/var/lib/dbsupervisor/$cluster}
+	if [ -n "$volume_device" ]; then
+		on=(--device "$volume_device")
+	else
+		file=${DBSUPERVISOR_VOLUME_FILE:-/var/lib/dbsupervisor/$cluster.img}
+		install -d -m 0755 "$ROOT$(dirname "$file")"
+		on=(--file "$ROOT$file" --size "$volume_size")
+	fi
+	# Once it is made, this only sees to it that it is mounted; what holds data is refused.
+	"$ROOT/usr/local/bin/dbsupervisor" volume create "${on[@]}" --fs "$volume_fs" --mount "$ROOT$dir" --fstab "$ROOT/etc/fstab" >&2 ||
+		fail "no file system for the volume, see above"
+fi
 
 step "write the configuration"
 # quote VALUE: as a YAML string, whatever is in it.

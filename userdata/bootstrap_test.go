@@ -135,6 +135,44 @@ func TestFirstRun(t *testing.T) {
 	}
 }
 
+// TestVolume: a file system of its own for the volume is made before anything is configured or
+// started, by the program, which refuses what holds data.
+func TestVolume(t *testing.T) {
+	for name, c := range map[string]struct {
+		env    map[string]string
+		os     string
+		create string
+		calls  []string
+	}{
+		"in a file": {map[string]string{"DBSUPERVISOR_VOLUME_SIZE": "20GiB"}, debian,
+			"volume create --file ROOT/var/lib/dbsupervisor/shop.img --size 20GiB --fs xfs --mount ROOT/var/lib/dbsupervisor/shop --fstab ROOT/etc/fstab",
+			[]string{"install docker.io", " xfsprogs"}},
+		"on a device": {map[string]string{"DBSUPERVISOR_VOLUME_DEVICE": "/dev/nvme1n1", "DBSUPERVISOR_VOLUME_FS": "ext4", "DBSUPERVISOR_DIR": "/data/shop"}, amazon,
+			"volume create --device /dev/nvme1n1 --fs ext4 --mount ROOT/data/shop --fstab ROOT/etc/fstab",
+			[]string{"dnf -q -y install docker", " e2fsprogs"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, c.os)
+			for k, v := range c.env {
+				m.env[k] = v
+			}
+			log, calls, err := m.run()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, log)
+			}
+			create := "dbsupervisor " + strings.ReplaceAll(c.create, "ROOT", m.root)
+			has(t, "calls", calls, append(c.calls, create)...)
+			if strings.Index(calls, create) > strings.Index(calls, "config check") {
+				t.Errorf("the volume comes last:\n%s", calls)
+			}
+		})
+	}
+	m := newMachine(t, debian)
+	if log, calls, err := m.run(); err != nil || strings.Contains(calls, "volume create") || strings.Contains(calls, "xfsprogs") {
+		t.Errorf("a volume that nobody asked for: %v\n%s%s", err, log, calls)
+	}
+}
+
 func TestRunningAgainChangesNothing(t *testing.T) {
 	m := newMachine(t, debian)
 	if log, _, err := m.run(); err != nil {
@@ -192,6 +230,16 @@ func TestFailsLoudly(t *testing.T) {
 		{"a fetched release without a checksum", func(m *machine) { m.env["DBSUPERVISOR_RELEASE"] = "https://localhost/r" }, "set DBSUPERVISOR_RELEASE_SHA256"},
 		{"another release", func(m *machine) { m.env["DBSUPERVISOR_RELEASE_SHA256"] = strings.Repeat("0", 64) }, "not the release expected"},
 		{"a refused configuration", func(m *machine) { m.write(m.calls+".refuse", "", 0o600) }, "is refused, see above"},
+		{"two volumes", func(m *machine) {
+			m.env["DBSUPERVISOR_VOLUME_SIZE"], m.env["DBSUPERVISOR_VOLUME_DEVICE"] = "1GiB", "/dev/x"
+		}, "set only one of"},
+		{"a volume on something else", func(m *machine) {
+			m.env["DBSUPERVISOR_VOLUME_SIZE"], m.env["DBSUPERVISOR_VOLUME_FS"] = "1GiB", "btrfs"
+		}, "must be xfs or ext4"},
+		{"a volume that is refused", func(m *machine) {
+			m.env["DBSUPERVISOR_VOLUME_SIZE"] = "1GiB"
+			m.write(m.calls+".refuse", "", 0o600)
+		}, "no file system for the volume"},
 		{"no root", func(m *machine) { m.command("id", "echo 1000") }, "must be root"},
 	}
 	for _, c := range cases {
