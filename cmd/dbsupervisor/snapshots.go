@@ -17,6 +17,12 @@ import (
 var errDamaged = errors.New("the store is damaged")
 
 func (a *app) snapshotsCmd() *cobra.Command {
+	cmd := a.listCmd("snapshots", "List the snapshots; verify them")
+	cmd.AddCommand(a.listCmd("list", "List the snapshots, as without a command"), a.verifyCmd(), a.pinCmd(), a.statCmd())
+	return cmd
+}
+
+func (a *app) listCmd(use, short string) *cobra.Command {
 	asJSON := false
 	copied := ""
 	list := func(cmd *cobra.Command, _ []string) error {
@@ -39,10 +45,9 @@ func (a *app) snapshotsCmd() *cobra.Command {
 		}
 		return tw.Flush()
 	}
-	cmd := &cobra.Command{Use: "snapshots", Short: "List the snapshots; verify them", Args: cobra.NoArgs, RunE: list}
+	cmd := &cobra.Command{Use: use, Short: short, Args: cobra.NoArgs, RunE: list}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	storeFlag(cmd, &copied)
-	cmd.AddCommand(a.verifyCmd(), a.pinCmd(), a.statCmd())
 	return cmd
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"dbsupervisor/internal/api"
+	volsync "dbsupervisor/internal/sync"
 )
 
 // view renders a status as one screen of text.
@@ -204,10 +205,24 @@ func (v *view) data() {
 		}
 		parts = append(parts, behind)
 	}
+	parts = append(parts, refreshed(s.Local)...)
 	if f := s.Local.FreeBytes; f != nil {
 		parts = append(parts, bytes(*f)+" free")
 	}
 	v.row("Local copy", "%s", strings.Join(parts, "; "))
+}
+
+// refreshed says how the copy follows the newest snapshot.
+func refreshed(l api.Local) []string {
+	switch {
+	case l.Refreshed == volsync.CopyClone:
+		return []string{"refreshed in a clone"}
+	case l.Refreshed == volsync.CopyTwo:
+		return []string{"refreshed with two copies"}
+	case l.RefreshReason != "": // the first time there is nothing to spare
+		return []string{"refreshed IN PLACE, of no use meanwhile: " + l.RefreshReason}
+	}
+	return nil
 }
 
 func (v *view) machine() {

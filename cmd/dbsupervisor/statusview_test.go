@@ -44,7 +44,8 @@ func statuses() map[string]api.Status {
 	standby.Primary.Self = false
 	standby.Lease = api.Lease{ChallengeInMS: ptr(int64(9600)), TTLMS: 10000, Version: 812, LastContactMS: ptr(int64(400))}
 	standby.LossWindowSeconds, standby.LastCommit = nil, nil
-	standby.Local = api.Local{VolumeID: "v-2", Phase: "applying", Base: "7-90-cd34", BehindSnapshots: 3, BehindBytes: 12 << 20}
+	standby.Local = api.Local{VolumeID: "v-2", Phase: "applying", Base: "7-90-cd34", BehindSnapshots: 3, BehindBytes: 12 << 20,
+		Refreshed: "in place", RefreshReason: "no room for a second copy"}
 	standby.Database, standby.Gate, standby.History = api.Database{}, api.Gate{}, nil
 	standby.Sync.Next = nil
 	standby.Progress = &api.Progress{Phase: "fetching", Done: 3 << 20, Total: 12 << 20, Started: ago(2 * time.Second), BytesPerSecond: ptr(1.5 * (1 << 20)), RemainingSeconds: ptr(6.0)}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dbsupervisor/internal/config"
+	"dbsupervisor/internal/track"
 )
 
 // volumeRun runs a volume command and returns its exit code and what it said.
@@ -206,5 +207,58 @@ func TestVolumeCheck(t *testing.T) {
 	must(t, os.Symlink(outside, filepath.Join(dir, "tablespace")))
 	if bad, out = check(0); !bad || !strings.Contains(out, "tablespace is a symbolic link to "+outside) {
 		t.Errorf("a symbolic link that leaves the volume: bad %v\n%s", bad, out)
+	}
+}
+
+// TestVolumeCheckTracked: where the kernel tells what is written, the freeze is predicted from
+// what a program writes.
+func TestVolumeCheckTracked(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	at := filepath.Join(dir, "mnt")
+	unmountAtEnd(t, at)
+	if code, out := volumeRun(t, "create", "--fs", "ext4", "--mount", at, "--fstab", filepath.Join(dir, "fstab"),
+		"--file", filepath.Join(dir, "volume.img"), "--size", "330MiB"); code != 0 {
+		t.Fatalf("code %d: %s", code, out)
+	}
+	if err := track.Supported(at); err != nil {
+		t.Skip(err)
+	}
+	cfg := config.Default()
+	cfg.Sync.MinFree = 0
+	check := func() string {
+		t.Helper()
+		var out stdbytes.Buffer
+		bad, err := checkVolume(t.Context(), &out, cfg, at, 500*time.Millisecond)
+		must(t, err)
+		if bad || !strings.Contains(out.String(), "Freeze        about ") {
+			t.Errorf("bad %v\n%s", bad, out.String())
+		}
+		return out.String()
+	}
+	if out := check(); !strings.Contains(out, "nothing in 500ms") || !strings.Contains(out, "nothing was written") {
+		t.Errorf("an idle directory:\n%s", out)
+	}
+	// Writes of this process would not be told.
+	writer := exec.Command("sh", "-c", `while dd if=/dev/zero bs=8k count=64 conv=notrunc status=none of="$0"; do :; done`, filepath.Join(at, "table"))
+	must(t, writer.Start())
+	defer func() {
+		_ = writer.Process.Kill()
+		_ = writer.Wait()
+	}()
+	var out string
+	for end := time.Now().Add(time.Minute); ; {
+		out = check()
+		// The same 64 blocks again and again: each is read once.
+		if strings.Contains(out, "512 KiB in 1 files") && strings.Contains(out, "64 blocks of 1 files were written") || time.Now().After(end) {
+			break
+		}
+	}
+	if !strings.Contains(out, "64 blocks of 1 files were written") {
+		t.Errorf("a directory that is written:\n%s", out)
+	}
+	cfg.Sync.MaxFreeze = time.Microsecond
+	if out := check(); !strings.Contains(out, "LONGER than sync.max_freeze") {
+		t.Errorf("a budget that is too small:\n%s", out)
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,10 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,7 +40,7 @@ func (a *app) volumeCheckCmd() *cobra.Command {
 		Short: "Say how a directory will do as the volume: how change is found, what a freeze costs",
 		Long: "Say how a directory will do as the volume: how change is found there, how standbys are\n" +
 			"refreshed, whether there is room, and what freeze and cost to expect. Without DIR it is the\n" +
-			"volume of the configuration. It only reads, and measures for a few seconds. The exit code is 1\n" +
+			"volume of the configuration. It changes nothing, and measures for a few seconds. The exit code is 1\n" +
 			"if something keeps the directory from being a volume.",
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -125,7 +122,7 @@ func checkVolume(ctx context.Context, out io.Writer, cfg *config.Config, dir str
 		}
 	}
 
-	clone, err := canReflink(dir)
+	clone, err := volsync.CanReflink(dir)
 	if err != nil {
 		row("  !", "reflinks not tried: %v", err)
 	}
@@ -169,40 +166,29 @@ func measureWrites(ctx context.Context, row func(string, string, ...any), dir, t
 	if sample <= 0 {
 		return nil
 	}
-	watch := func(context.Context) (int64, error) { return 0, errors.New("not tracked") }
-	if tier == volsync.TierTracked {
-		w, stop, err := trackWrites(ctx, dir)
-		if err == nil {
-			defer stop()
-			watch = w
-		}
-	}
-	began := time.Now()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(sample):
-	}
-	written, werr := watch(ctx)
-	after, err := volsync.Look(ctx, dir, began)
-	if err != nil {
-		return err
-	}
-	switch {
-	case werr == nil && after.Touched > 0:
-		row("Written", "%s in %d files in %s (%s/s): that is what a snapshot reads", bytes(written), after.Touched, since(sample),
-			bytes(int64(float64(written)/sample.Seconds())))
-	case after.Touched == 0:
-		row("Written", "nothing in %s: is a database running here? The freeze depends on what it writes", since(sample))
-	default:
-		row("Written", "%d files of %s in %s", after.Touched, bytes(after.TouchedBytes), since(sample))
-	}
 	if budget <= 0 {
 		budget = 250 * time.Millisecond
 	}
 	if tier == volsync.TierTracked {
-		row("Freeze", "follows what is written in the last moments before it, not the size of the volume; bounded by sync.max_freeze (%s)", since(budget))
-		return nil
+		w, err := volsync.WatchWrites(ctx, dir)
+		if err == nil {
+			defer func() { _ = w.Close() }() // nothing of it stays
+			return measureTracked(ctx, row, w, sample, budget)
+		}
+		row("  !", "%v", err)
+	}
+	began := time.Now()
+	if err := pause(ctx, sample); err != nil {
+		return err
+	}
+	after, err := volsync.Look(ctx, dir, began)
+	if err != nil {
+		return err
+	}
+	if after.Touched == 0 {
+		row("Written", nothingWritten, since(sample))
+	} else {
+		row("Written", "%d files of %s in %s", after.Touched, bytes(after.TouchedBytes), since(sample))
 	}
 	// In the freeze every name is looked at, and what was written during the round before is
 	// read: a round takes as long as its files take to read.
@@ -210,70 +196,65 @@ func measureWrites(ctx context.Context, row func(string, string, ...any), dir, t
 	if speed > 0 {
 		freeze += time.Duration(float64(after.TouchedBytes) / speed * float64(time.Second))
 	}
-	text := fmt.Sprintf("at least %s, with what is being written now up to about %s", since(s.Took), since(freeze))
-	if s.Took > budget {
-		text += fmt.Sprintf(": LONGER than sync.max_freeze (%s), so snapshots of a running database are given up", since(budget))
-	}
-	row("Freeze", "%s", text)
+	row("Freeze", "at least %s, with what is being written now up to about %s%s", since(s.Took), since(freeze), tooLong(s.Took, budget))
 	return nil
 }
 
-// trackWrites begins to track a directory. The function that it returns says how many bytes
-// have been written since; stop ends it.
-func trackWrites(ctx context.Context, dir string) (written func(context.Context) (int64, error), stop func(), err error) {
-	t, err := track.Open(track.Config{Root: dir, Key: "volume check"})
+const nothingWritten = "nothing in %s: is a database running here? The freeze depends on what it writes"
+
+// measureTracked does what a snapshot would do before its freeze, and says how long that would
+// be: what was written in the meantime is what is read in it.
+func measureTracked(ctx context.Context, row func(string, string, ...any), w *volsync.WriteWatch, sample, budget time.Duration) error {
+	if err := pause(ctx, sample); err != nil {
+		return err
+	}
+	written, err := w.Since(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("watch what is written: %w", err)
+		return err
 	}
-	stop = func() { _ = t.Remove() } // nothing of it is pinned
-	if _, err = t.Drain(ctx); err == nil {
-		err = t.Settle() // what was before does not count
-	}
+	left, took, err := w.Round(ctx)
 	if err != nil {
-		stop()
-		return nil, nil, err
+		return err
 	}
-	return func(ctx context.Context) (int64, error) {
-		c, err := t.Drain(ctx)
-		if err != nil {
-			return 0, err
-		}
-		own, err := inodesBelow(dir, func(ino uint64) bool { return c.Inodes[ino] != nil })
-		if err != nil {
-			return 0, err
-		}
-		var n int64
-		for ino := range own {
-			i := c.Inodes[ino]
-			var blocks []track.Range
-			blocks = append(append(blocks, i.Written...), i.Dirtied...)
-			slices.SortFunc(blocks, func(a, b track.Range) int { return cmp.Compare(a.From, b.From) })
-			var end int64
-			for _, r := range blocks {
-				n += max(0, r.To-max(r.From, end))
-				end = max(end, r.To)
-			}
-		}
-		return n, nil
-	}, stop, nil
+	reads := &left
+	if left.Blocks == 0 {
+		reads = &written
+	}
+	perBlock, err := reads.ReadTime(ctx)
+	if err != nil {
+		return err
+	}
+	if written.Files == 0 {
+		row("Written", nothingWritten, since(sample))
+	} else {
+		row("Written", "%s in %d files in %s (%s/s): that is what a snapshot reads", bytes(written.Bytes()), written.Files, since(sample),
+			bytes(int64(float64(written.Bytes())/sample.Seconds())))
+	}
+	freeze := volsync.PredictFreeze(left, perBlock)
+	how := "nothing was written"
+	if left.Files > 0 {
+		how = fmt.Sprintf("%d blocks of %d files were written, and one takes %s to read", left.Blocks, left.Files, perBlock.Round(100*time.Nanosecond))
+	}
+	row("Freeze", "about %s: while what was dirty went to the disk (%s) %s; the size of the volume does not matter%s",
+		since(freeze), since(took), how, tooLong(freeze, budget))
+	return nil
 }
 
-// inodesBelow lists the wanted ones of the files below a directory: the tracker tells about the
-// whole file system.
-func inodesBelow(dir string, want func(uint64) bool) (map[uint64]bool, error) {
-	found := map[uint64]bool{}
-	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return nil //nolint:nilerr // it may have vanished
-		}
-		if info, err := d.Info(); err == nil {
-			if st, ok := info.Sys().(*syscall.Stat_t); ok && want(st.Ino) {
-				found[st.Ino] = true
-			}
-		}
+// tooLong says so where a freeze would be given up.
+func tooLong(freeze, budget time.Duration) string {
+	if freeze <= budget {
+		return ""
+	}
+	return fmt.Sprintf(": LONGER than sync.max_freeze (%s), so snapshots of a running database are given up", since(budget))
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
 		return nil
-	})
-	return found, err
+	}
 }
 
 // mount is the file system below a directory.
@@ -314,26 +295,6 @@ func mountOf(dir string) (mount, error) {
 		}
 	}
 	return m, sc.Err()
-}
-
-// canReflink tries whether files in dir can share blocks. It leaves nothing behind.
-func canReflink(dir string) (bool, error) {
-	var files [2]*os.File
-	for i := range files {
-		f, err := os.OpenFile(dir, os.O_RDWR|unix.O_TMPFILE, 0o600)
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
-			return false, nil
-		}
-		if err != nil {
-			return false, err
-		}
-		defer f.Close()
-		files[i] = f
-	}
-	if _, err := files[0].Write(make([]byte, 4096)); err != nil {
-		return false, err
-	}
-	return unix.IoctlFileClone(int(files[1].Fd()), int(files[0].Fd())) == nil, nil
 }
 
 // Bounds of hashSpeed.

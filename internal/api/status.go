@@ -126,6 +126,11 @@ type Local struct {
 	Base            string `json:"base"`  // ID of the snapshot that it descends from
 	BehindSnapshots int64  `json:"behind_snapshots"`
 	BehindBytes     int64  `json:"behind_bytes"` // 0 when not known
+	// Refreshed is how this incarnation last brought the copy to another snapshot: in a "clone",
+	// with "two copies" that take turns, or "in place", where it can't be used meanwhile.
+	// RefreshReason is why it was in place.
+	Refreshed     string `json:"refreshed,omitempty"`
+	RefreshReason string `json:"refresh_reason,omitempty"`
 	// FreeBytes is the room left on the local disk; null when not known.
 	FreeBytes *int64 `json:"free_bytes,omitempty"`
 }

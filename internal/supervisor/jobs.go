@@ -207,7 +207,7 @@ func (s *Supervisor) hydrate(ctx context.Context) error {
 	s.log.Debug("volume hydrated", "head", v.Record.Head.ID, "stats", fmt.Sprintf("%+v", stats))
 	s.mu.Lock()
 	changed := stats.Copy != s.copied && stats.Copy != ""
-	s.copied = stats.Copy
+	s.copied, s.copiedWhy = stats.Copy, stats.Why
 	s.mu.Unlock()
 	if changed {
 		s.log.Info("way of following head", "copy", stats.Copy, "why", stats.Why)

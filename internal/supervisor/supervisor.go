@@ -71,6 +71,7 @@ type Supervisor struct {
 	progress  progress
 	problem   *api.Problem
 	copied    string // how the volume was kept while it followed head last
+	copiedWhy string // why it was in place
 
 	engineUps  int // Docker's recoveries so far
 	resuming   bool

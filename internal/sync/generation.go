@@ -18,9 +18,9 @@ const (
 
 // How a volume was kept usable while it became another snapshot (HydrateStats.Copy).
 const (
-	copyClone   = "clone"      // a reflink clone, which is given up afterwards
-	copyTwo     = "two copies" // a second copy, which takes turns with the first
-	copyInPlace = "in place"   // not at all, from the first change to the last
+	CopyClone   = "clone"      // a reflink clone, which is given up afterwards
+	CopyTwo     = "two copies" // a second copy, which takes turns with the first
+	CopyInPlace = "in place"   // not at all, from the first change to the last
 )
 
 // Generation is a snapshot that is whole and durable in a directory that nobody uses.
@@ -134,11 +134,11 @@ func (v *Volume) prepare(ctx context.Context, s *Store, tree *Tree, p Progress) 
 		return nil, err
 	}
 	g := &Generation{Ref: tree.Ref, Path: v.sparePath()}
-	g.Stats.Staged, g.Stats.Copy = true, copyTwo
+	g.Stats.Staged, g.Stats.Copy = true, CopyTwo
 	g.Stats.LocalBytes = dataBytes(tree) - a.total
 	need := a.growth()
 	if clone {
-		g.Stats.Copy, need = copyClone, a.total
+		g.Stats.Copy, need = CopyClone, a.total
 	}
 	if st.Spare.Phase == PhaseClean && st.Spare.Base.Hash == tree.Ref.Hash && a.nothing() {
 		return g, v.prepared(ctx, a) // before a restart
@@ -315,15 +315,23 @@ func (v *Volume) discardSpare() {
 
 // canClone tries whether the file system has reflinks.
 func (v *Volume) canClone() (bool, error) {
-	if v.reflink != nil {
-		return *v.reflink, nil
+	if v.reflink == nil {
+		yes, err := CanReflink(v.spoolDir())
+		if err != nil {
+			return false, err
+		}
+		v.reflink = &yes
 	}
+	return *v.reflink, nil
+}
+
+// CanReflink tries whether files in dir can share blocks. It leaves nothing behind, and
+// returns ErrNoRoom where there is none even for that.
+func CanReflink(dir string) (bool, error) {
 	var files [2]*os.File
 	for i := range files {
-		f, err := os.OpenFile(v.spoolDir(), os.O_RDWR|unix.O_TMPFILE, 0o600)
-		if errors.Is(err, unix.EOPNOTSUPP) {
-			no := false
-			v.reflink = &no
+		f, err := os.OpenFile(dir, os.O_RDWR|unix.O_TMPFILE, 0o600)
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
 			return false, nil
 		}
 		if err != nil {
@@ -335,9 +343,7 @@ func (v *Volume) canClone() (bool, error) {
 	if _, err := files[0].Write(make([]byte, BlockSize)); err != nil {
 		return false, fmt.Errorf("try reflinks: %w", noRoom(err))
 	}
-	yes := unix.IoctlFileClone(int(files[1].Fd()), int(files[0].Fd())) == nil
-	v.reflink = &yes
-	return yes, nil
+	return unix.IoctlFileClone(int(files[1].Fd()), int(files[0].Fd())) == nil, nil
 }
 
 // allocated is how many bytes a tree takes on disk, about.

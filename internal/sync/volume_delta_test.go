@@ -109,7 +109,7 @@ func (d *deltaRig) hydrate(f *Volume, ref SnapshotRef) HydrateStats {
 // keeps its old state meanwhile.
 func TestVolumeDeltaCost(t *testing.T) {
 	for _, c := range []struct{ system, spare, way string }{
-		{"ext4", SpareAuto, copyTwo}, {"xfs", SpareAuto, copyClone}, {"btrfs", SpareAuto, copyClone}, {"ext4", SpareNever, copyInPlace},
+		{"ext4", SpareAuto, CopyTwo}, {"xfs", SpareAuto, CopyClone}, {"btrfs", SpareAuto, CopyClone}, {"ext4", SpareNever, CopyInPlace},
 	} {
 		t.Run(c.system+" "+c.way, func(t *testing.T) {
 			d := newDeltaRig(t)
@@ -134,7 +134,7 @@ func TestVolumeDeltaCost(t *testing.T) {
 				// Local copying: nothing in place, nothing that is cloned; of the second copy
 				// what it lacks of the round before, but for the first time all of it.
 				most := int64(0)
-				if c.way == copyTwo {
+				if c.way == CopyTwo {
 					most = blocks * BlockSize
 					if i == 0 {
 						most = int64(d.size+60) * BlockSize
@@ -146,7 +146,7 @@ func TestVolumeDeltaCost(t *testing.T) {
 				if f.loadIndex(ref) == nil {
 					t.Fatalf("round %d: the index is of no use", i)
 				}
-				if sp := f.State().Spare; c.way == copyTwo && (sp.Phase != PhaseClean || f.loadIndexOf(sp.Copy, sp.Base) == nil) {
+				if sp := f.State().Spare; c.way == CopyTwo && (sp.Phase != PhaseClean || f.loadIndexOf(sp.Copy, sp.Base) == nil) {
 					t.Fatalf("round %d: of the second copy nothing is known: %+v", i, sp)
 				}
 				volSame(t, fmt.Sprint("round ", i), volDescribe(t, d.v.Path()), volDescribe(t, f.Path()))
@@ -265,7 +265,7 @@ func TestVolumeDeltaGoesOn(t *testing.T) {
 				hook.set(nil)
 				st := d.hydrate(f, ref)
 				// In a second copy the first writes are those that bring it forward.
-				if most := int64(200-at+2) * BlockSize; st.FetchedBytes > most && st.Copy == copyClone || st.FetchedBytes > 200*BlockSize {
+				if most := int64(200-at+2) * BlockSize; st.FetchedBytes > most && st.Copy == CopyClone || st.FetchedBytes > 200*BlockSize {
 					t.Fatalf("interrupted at write %d: %d bytes were fetched, not %d at most", at, st.FetchedBytes, most)
 				}
 				volSame(t, "interrupted", volDescribe(t, d.v.Path()), volDescribe(t, f.Path()))
@@ -286,7 +286,7 @@ func TestVolumeSpareGivesWay(t *testing.T) {
 	t.Cleanup(func() { volOK(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	f := d.open(filepath.Join(dir, "v"), nil)
 	d.hydrate(f, d.ref())
-	if st := d.hydrate(f, d.change(1, 100)); st.Copy != copyTwo {
+	if st := d.hydrate(f, d.change(1, 100)); st.Copy != CopyTwo {
 		t.Fatalf("%+v", st)
 	}
 	// A volume that is half done needs the room more.
@@ -319,7 +319,7 @@ func TestVolumeSpareGivesWay(t *testing.T) {
 	g := d.open(filepath.Join(dir, "w"), func(c *VolumeConfig) { c.MinFree = 20 << 20 })
 	d.hydrate(g, d.ref())
 	st := d.hydrate(g, d.change(2, 100))
-	if st.Copy != copyInPlace || !strings.Contains(st.Why, "not enough room") {
+	if st.Copy != CopyInPlace || !strings.Contains(st.Why, "not enough room") {
 		t.Fatalf("%+v", st)
 	}
 	volSame(t, "in place", volDescribe(t, d.v.Path()), volDescribe(t, g.Path()))
@@ -346,7 +346,7 @@ func TestVolumeSpareAfterFork(t *testing.T) {
 		t.Fatalf("%+v", st)
 	}
 	st := d.hydrate(f, d.change(2, 50))
-	if st.FetchedBytes > 50*BlockSize || st.Copy != copyTwo {
+	if st.FetchedBytes > 50*BlockSize || st.Copy != CopyTwo {
 		t.Fatalf("%+v", st)
 	}
 	volSame(t, "after a fork", volDescribe(t, d.v.Path()), volDescribe(t, f.Path()))
