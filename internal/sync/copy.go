@@ -71,10 +71,10 @@ func (v *Volume) copyTo(ctx context.Context, s *Store, dir string, p Progress) (
 	if err := a.plan(ctx); err != nil {
 		return nil, err
 	}
-	g := &Generation{Ref: tree.Ref, Path: dir, Stats: HydrateStats{Staged: true, Copy: copyTwo}}
+	g := &Generation{Ref: tree.Ref, Path: dir, Stats: HydrateStats{Staged: true, Copy: CopyTwo}}
 	need := a.growth()
 	if clone {
-		g.Stats.Copy, need = copyClone, a.total
+		g.Stats.Copy, need = CopyClone, a.total
 	}
 	if err := room(v.cfg.Dir, v.cfg.MinFree, need); err != nil {
 		return nil, err
