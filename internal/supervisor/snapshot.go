@@ -145,6 +145,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 		s.volume.Abandon(c)
 		return res, api.WithHint(fmt.Errorf("ship snapshot: %w", err), "look at the shared directory: is it mounted, writable, with room?")
 	}
+	s.volume.Shipped(c)
 	// Head must never be ahead of the local disk.
 	if err := s.volume.SyncFS(ctx); err != nil {
 		s.volume.Abandon(c)

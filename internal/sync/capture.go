@@ -47,13 +47,14 @@ type CaptureStats struct {
 // next one.
 type Capture struct {
 	Delta     *Delta
-	Blocks    BlockSource   // readable until Adopt or Abandon
+	Blocks    BlockSource   // readable until Shipped, Adopt or Abandon
 	Frozen    time.Time     // wall clock of the freeze
 	FreezeFor time.Duration // how long the database stood still
 	Stats     CaptureStats
 	Skipped   []string // paths of sockets, fifos and devices, which no snapshot keeps
 
-	found *census
+	found   *census
+	shipped bool // Blocks are gone
 }
 
 // Unchanged says that nothing differs from the base.
@@ -181,12 +182,29 @@ func (v *Volume) Adopt(c *Capture, tree *Tree) error {
 	return nil
 }
 
-// Abandon settles a capture that has not been committed: its blocks will be part of the
-// next one. A capture that has been settled already is ignored.
-func (v *Volume) Abandon(c *Capture) {
+// Shipped says that the blocks of a capture are on the share and will not be read again. It
+// gives their room on the local disk back, so that SyncFS does not write to the disk what is
+// about to be deleted: that would take it from the database for nothing.
+func (v *Volume) Shipped(c *Capture) {
 	v.op.Lock()
 	defer v.op.Unlock()
 	if c != nil && v.out == c {
-		v.out = nil
+		v.pend.close()
+		c.shipped = true
+	}
+}
+
+// Abandon settles a capture that has not been committed: what it has captured will be part of
+// the next one, which reads it again if it has been Shipped. A capture that has been settled
+// already is ignored.
+func (v *Volume) Abandon(c *Capture) {
+	v.op.Lock()
+	defer v.op.Unlock()
+	if c == nil || v.out != c {
+		return
+	}
+	v.out = nil
+	if c.shipped {
+		v.dropWork()
 	}
 }

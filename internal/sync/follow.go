@@ -30,6 +30,7 @@ type follower struct {
 	scan    func(ctx context.Context, tolerant bool, p *pending) (*scanned, error)
 	forget  func() error // makes a restart know nothing of the time before
 	stat    statDetector
+	gently  bool // the database runs: it must not wait for the disk
 
 	now *census // nil: everything must be scanned
 
@@ -99,6 +100,14 @@ func (f *follower) look(ctx context.Context, kind roundKind, p *pending) ([]*nod
 func (f *follower) drainAndSync(ctx context.Context) error {
 	if err := f.drain(ctx, nil); err != nil {
 		return err
+	}
+	if f.gently {
+		if err := f.writeOut(ctx); err != nil {
+			return err
+		}
+		if err := f.drain(ctx, nil); err != nil {
+			return err
+		}
 	}
 	if err := f.clock.WaitUntil(ctx, f.clock.Now().Add(settleGap)); err != nil {
 		return err

@@ -74,7 +74,7 @@ func (v *Volume) detector(req CaptureRequest) (detector, error) {
 		return nil, err
 	}
 	if v.follow != nil {
-		v.follow.looked, v.follow.unexplained = 0, 0
+		v.follow.looked, v.follow.unexplained, v.follow.gently = 0, 0, !req.NoFreeze
 		return v.follow, nil
 	}
 	return &hashed{
