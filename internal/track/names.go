@@ -109,6 +109,9 @@ func (n *names) drain() ([]string, string) {
 	}
 	n.touched = map[string]struct{}{}
 	lost := first(n.lost, n.broken)
+	if n.walking {
+		lost = first(lost, rewatching)
+	}
 	n.lost = ""
 	if n.broken != "" && !n.walking && !n.closed {
 		// Not in the caller's time, which may be a freeze.
@@ -315,9 +318,17 @@ func (n *names) walk() {
 	})
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.walking {
+		// Names that changed before their directory was watched are known to nobody who looked
+		// before now.
+		n.lose(rewatching)
+	}
 	n.walking = false
 	if err := errors.Join(err, failed); err != nil {
 		n.broken = err.Error()
-		return
 	}
 }
+
+// rewatching is why names are not complete while the watches are being renewed, and once
+// more when they are.
+const rewatching = "directories are being watched anew"
