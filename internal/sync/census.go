@@ -139,6 +139,13 @@ func (c *census) changes(p *pending) ([]FileID, []string) {
 		for id := range c.ids {
 			ids = append(ids, id)
 		}
+		// Content changes without a stat: through a mapping, by what was written directly and
+		// had not arrived, within one tick of the clock.
+		for id := range p.work {
+			if !c.ids[id] {
+				ids = append(ids, id)
+			}
+		}
 		for name := range c.renamed {
 			names = append(names, name)
 		}

@@ -91,7 +91,17 @@ func (f *follower) look(ctx context.Context, kind roundKind, p *pending) ([]*nod
 		return nil, nil, err
 	}
 	clear(f.names)
-	f.lost, f.frozen = "", frozen
+	for ino := range f.doubts {
+		if f.now.byIno[ino] == nil {
+			delete(f.doubts, ino) // it is gone; should it come back it is looked at again
+		}
+	}
+	f.frozen = frozen
+	if !f.blind {
+		// Otherwise pages that were reported, and lost, since the last syncfs began may be
+		// dirty still: what is stored into them after this look is found after the next.
+		f.lost = ""
+	}
 	return f.fresh, rd, nil
 }
 
@@ -136,6 +146,9 @@ func (f *follower) drainAndSync(ctx context.Context) error {
 
 // drain takes what the tracker has, into carry too if it isn't nil.
 func (f *follower) drain(ctx context.Context, carry touches) error {
+	if err := ctx.Err(); err != nil {
+		return err // nothing has been asked, so nothing is lost
+	}
 	ch, err := f.tracker.Drain(ctx)
 	if err != nil {
 		f.loss("it can't be asked: "+err.Error(), carry)

@@ -184,9 +184,10 @@ func (l *looker) merge() []*node {
 			n.id = l.identify(&node{key: n.key, typ: n.typ, names: names})
 			old = n
 		} else if old.key != n.key || !sameMeta(old.meta, n.meta) {
-			old.key, old.alloc, old.meta = n.key, n.alloc, n.meta
+			old.key, old.meta = n.key, n.meta
 			l.c.ids[old.id] = true
 		}
+		old.alloc = n.alloc // which a time need not show
 		for _, name := range names {
 			if l.c.names[name] == old {
 				continue

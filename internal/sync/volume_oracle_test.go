@@ -31,7 +31,10 @@ type volOracle struct {
 	again     bool
 }
 
-func (o *volOracle) Drain(context.Context) (*track.Changes, error) {
+func (o *volOracle) Drain(ctx context.Context) (*track.Changes, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	ch := &track.Changes{Inodes: map[uint64]*track.Inode{}}
 	if o.data == nil {
 		ch.Lost, ch.NamesLost = "just begun", "just begun"

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"dbsupervisor/internal/track"
 )
 
@@ -321,4 +323,123 @@ func TestTrackedNamesOutliveFailure(t *testing.T) {
 	v.pace.frozen.perBlock = 0
 	_, ref := rig.snapshot(v, CaptureRequest{})
 	volSame(t, "given up", volDescribe(t, v.Path()), rig.restored(ref))
+}
+
+// volMapped is a volume in memory, where a store through a mapping moves no time once its page
+// has been stored to, with a file of ten blocks that is mapped.
+func volMapped(t *testing.T) (rig *volRig, v *Volume, o *volOracle, store func(block int64, text string), ino uint64) {
+	t.Helper()
+	rig, o = newVolRig(t), &volOracle{}
+	v = rig.open(volRAM(t), volTracked(t, o))
+	volOK(t, v.MarkLive(t.Context(), 1))
+	volOK(t, v.Baseline(t.Context(), rig.store, SnapshotRef{}))
+	p := filepath.Join(v.Path(), "mapped")
+	volWrite(t, p, 0, volData(1, 10*BlockSize))
+	d := &volDoer{maps: map[string][]byte{}}
+	t.Cleanup(func() { volOK(t, d.do(volOp{Do: "unmap"})) })
+	store = func(block int64, text string) {
+		t.Helper()
+		volOK(t, d.do(volOp{Do: "store", Path: p, Off: block * BlockSize, Data: []byte(text)}))
+	}
+	var st unix.Stat_t
+	volOK(t, unix.Stat(p, &st))
+	return rig, v, o, store, st.Ino
+}
+
+// TestTrackedSameStat: a change that is reported is in the snapshot also if no time and no size
+// has moved since the one before: stores into pages that were dirty, direct writes that arrive
+// late.
+func TestTrackedSameStat(t *testing.T) {
+	rig, v, _, store, _ := volMapped(t)
+	store(3, "first")
+	rig.snapshot(v, CaptureRequest{})
+	p := filepath.Join(v.Path(), "mapped")
+	var before, after unix.Stat_t
+	volOK(t, unix.Stat(p, &before))
+	store(3, "again")
+	volOK(t, unix.Stat(p, &after))
+	if before.Ctim != after.Ctim {
+		t.Fatal("the store has moved ctime: nothing is proved")
+	}
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "the same stat", volDescribe(t, v.Path()), rig.restored(ref))
+	if c.Blocks.Blocks() != 1 {
+		t.Fatalf("%d blocks", c.Blocks.Blocks())
+	}
+}
+
+// TestTrackedLossStaysDirty: if the report of a page that became dirty after the syncfs was
+// lost, what is stored into it later (which raises nothing) is found after the next syncfs.
+func TestTrackedLossStaysDirty(t *testing.T) {
+	rig, v, o, store, ino := volMapped(t)
+	rig.snapshot(v, CaptureRequest{})
+	o.drains = 0
+	o.lie = func(ch *track.Changes) {
+		delete(ch.Inodes, ino)
+		if o.drains == 3 {
+			ch.Lost = "for the test"
+		}
+	}
+	inner, syncs := v.follow.sync, 0
+	v.follow.sync = func(ctx context.Context) error {
+		syncs++
+		if syncs == 2 {
+			store(5, "later")
+		}
+		err := inner(ctx)
+		if syncs == 1 {
+			store(5, "first") // the page is dirty from here on
+		}
+		return err
+	}
+	_, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "after a loss", volDescribe(t, v.Path()), rig.restored(ref))
+	if syncs < 2 {
+		t.Fatal("no second syncfs")
+	}
+}
+
+// TestTrackedDoubtIsGone: a file that changed without a report and is gone by the next look
+// makes no later capture look twice.
+func TestTrackedDoubtIsGone(t *testing.T) {
+	rig, v, o := volFollowed(t)
+	p := filepath.Join(v.Path(), "f1")
+	o.drains = 0
+	o.lie = func(ch *track.Changes) {
+		ch.Inodes = map[uint64]*track.Inode{}
+		if o.drains == 4 { // the first after the look that doubts
+			volOK(t, os.Remove(p))
+		}
+	}
+	volWrite(t, p, 0, []byte("unreported"))
+	rig.snapshot(v, CaptureRequest{})
+	if _, err := os.Stat(p); err == nil {
+		t.Fatal("there was no second look")
+	}
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
+	if c.Stats.Rounds != 1 {
+		t.Fatalf("%d rounds for nothing", c.Stats.Rounds)
+	}
+}
+
+// TestTrackedCancelIsNoLoss: a capture whose caller goes away has lost no report.
+func TestTrackedCancelIsNoLoss(t *testing.T) {
+	rig, v, _ := volFollowed(t)
+	before := v.Tracking().Lost
+	volWrite(t, filepath.Join(v.Path(), "f1"), 0, []byte("changed"))
+	ctx, cancel := context.WithCancel(t.Context())
+	inner := v.follow.sync
+	v.follow.sync = func(ctx context.Context) error {
+		defer cancel()
+		return inner(ctx)
+	}
+	_, err := v.Capture(ctx, CaptureRequest{Freezer: &volFreezer{}})
+	volIs(t, err, context.Canceled)
+	v.follow.sync = inner
+	c, ref := rig.snapshot(v, CaptureRequest{})
+	volSame(t, "later", volDescribe(t, v.Path()), rig.restored(ref))
+	if got := v.Tracking().Lost; got != before || c.Stats.ReadBytes != BlockSize {
+		t.Fatalf("%d losses instead of %d, %+v", got, before, c.Stats)
+	}
 }
