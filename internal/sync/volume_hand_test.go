@@ -160,7 +160,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(volOtherEnv) == "" {
 		os.Exit(m.Run())
 	}
-	d := &volDoer{maps: map[string][]byte{}}
+	d := &volStormer{volDoer: volDoer{maps: map[string][]byte{}}}
 	dec, enc := gob.NewDecoder(os.Stdin), gob.NewEncoder(os.Stdout)
 	for {
 		var op volOp
