@@ -22,18 +22,18 @@ const (
 )
 
 // writeOut writes blocks of files to the disk, in portions, each followed by a pause of its
-// own length. It is a courtesy: a file that can't be opened is left to the syncfs that
-// follows, which also finds what failed.
-func (f *follower) writeOut(ctx context.Context) error {
+// own length, and says whether there was enough to do that. It is a courtesy: a file that
+// can't be opened is left to the syncfs that follows, which also finds what failed.
+func (f *follower) writeOut(ctx context.Context) (bool, error) {
 	dirty := touches{}
 	dirty.addAll(f.todo)
 	dirty.addAll(f.carry)
-	if f.now == nil || dirty.blocks() < flushLeast {
-		return nil
+	if dirty.blocks() < flushLeast {
+		return false, nil
 	}
 	root, err := os.Open(f.root)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer root.Close()
 	left := flushPause
@@ -58,10 +58,10 @@ func (f *follower) writeOut(ctx context.Context) error {
 		}
 		_ = file.Close() // only read
 		if err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // portions covers merged ranges with ranges that hold at most so many of their blocks. What

@@ -111,11 +111,12 @@ func (f *follower) drainAndSync(ctx context.Context) error {
 	if err := f.drain(ctx, nil); err != nil {
 		return err
 	}
-	if f.gently {
-		if err := f.writeOut(ctx); err != nil {
-			return err
+	if f.gently && f.now != nil {
+		wrote, err := f.writeOut(ctx)
+		if err == nil && wrote {
+			err = f.drain(ctx, nil) // that took a while
 		}
-		if err := f.drain(ctx, nil); err != nil {
+		if err != nil {
 			return err
 		}
 	}
