@@ -42,6 +42,9 @@ type Options struct {
 	Extra    string        // more YAML, at the top level
 	// Database is more YAML for the database section, indented by two.
 	Database string
+	// Replica is YAML for the replica section, indented by two; "" leaves the section out, and
+	// instances serve no reads. The read port is the instance's ReadPort.
+	Replica string
 	// DockerHost is the engine that instances are given by Add ("unix:///..."); "" is the
 	// machine's own.
 	DockerHost string
@@ -66,6 +69,8 @@ type Instance struct {
 	Config string
 	Port   int // the stable write port
 	HTTP   int
+	// ReadPort is the stable read port (Options.Replica).
+	ReadPort int
 	// DockerHost is the engine of this instance, Options.DockerHost at first.
 	DockerHost string
 
@@ -122,11 +127,11 @@ func (c *Cluster) Add(share string) (*Instance, error) {
 	i.Dir = filepath.Join(c.Root, i.Name)
 	i.RunDir = filepath.Join(c.Root, i.Name+".run")
 	i.Config = filepath.Join(c.Root, i.Name+".yaml")
-	ports, err := freePorts(2)
+	ports, err := freePorts(3)
 	if err != nil {
 		return nil, err
 	}
-	i.Port, i.HTTP = ports[0], ports[1]
+	i.Port, i.HTTP, i.ReadPort = ports[0], ports[1], ports[2]
 	if err := os.MkdirAll(i.Dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -176,6 +181,9 @@ database:
       address: 127.0.0.1
 %s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule, c.MinFree,
 		c.KeepAll, c.Grace, i.HTTP, c.Image, env, i.Port, c.Database, c.Extra)
+	if c.Replica != "" {
+		text += fmt.Sprintf("\nreplica:\n  ports:\n    - host: %d\n%s\n", i.ReadPort, c.Replica)
+	}
 	return os.WriteFile(i.Config, []byte(text), 0o600)
 }
 
@@ -300,11 +308,63 @@ func (i *Instance) Container(ctx context.Context) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// Crash is the loss of a machine: agent, guard and container are killed with SIGKILL.
+// Copies returns the full IDs of the instance's read-only copies that run, by name.
+func (i *Instance) Copies(ctx context.Context) ([]string, error) {
+	out, err := docker(ctx, i.DockerHost, "ps", "-q", "--no-trunc",
+		"--filter", "label=dbsupervisor.cluster="+i.c.Name, "--filter", "label=dbsupervisor.instance="+i.Name,
+		"--filter", "label=dbsupervisor.role=replica").Output()
+	if err != nil {
+		return nil, fmt.Errorf("docker ps: %w", err)
+	}
+	return strings.Fields(string(out)), nil
+}
+
+// ReadURL is how a reader connects to this instance's stable read port at one of this
+// machine's addresses.
+func (i *Instance) ReadURL(address string) string {
+	return fmt.Sprintf("postgres://postgres:%s@%s:%d/postgres?connect_timeout=5&sslmode=disable", i.c.Password, address, i.ReadPort)
+}
+
+// ReplicaLive is what an instance's /replica answers.
+type ReplicaLive struct {
+	OK       bool   `json:"ok"`
+	Reason   string `json:"reason"`
+	Snapshot string `json:"snapshot"`
+	Token    string `json:"token"`
+	AgeMS    *int64 `json:"age_ms"`
+}
+
+// AskReplica asks /replica with these wishes ("max_age=5s").
+func (i *Instance) AskReplica(ctx context.Context, wishes string) (ReplicaLive, error) {
+	var v ReplicaLive
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/replica?%s", i.HTTP, wishes), nil)
+	if err != nil {
+		return v, err
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return v, err
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(&v); err != nil {
+		return v, err
+	}
+	if v.OK != (res.StatusCode == http.StatusOK) {
+		return v, fmt.Errorf("status %s with ok: %t", res.Status, v.OK)
+	}
+	return v, nil
+}
+
+// Crash is the loss of a machine: agent, guard and containers are killed with SIGKILL.
 func (i *Instance) Crash(ctx context.Context) error {
 	id, err := i.Container(ctx)
 	_ = i.SignalAgent(syscall.SIGKILL)
 	_ = i.SignalGuard(syscall.SIGKILL)
+	if copies, cerr := i.Copies(ctx); cerr == nil {
+		for _, c := range copies {
+			err = errors.Join(err, docker(ctx, i.DockerHost, "kill", c).Run())
+		}
+	}
 	if id != "" {
 		if kerr := docker(ctx, i.DockerHost, "kill", id).Run(); err == nil {
 			err = kerr
