@@ -24,6 +24,7 @@ func renderStatus(w io.Writer, s api.Status) error {
 	v.loss()
 	v.cluster()
 	v.data()
+	v.reads()
 	v.machine()
 	v.trouble()
 	v.past()
@@ -223,6 +224,37 @@ func refreshed(l api.Local) []string {
 		return []string{"refreshed IN PLACE, of no use meanwhile: " + l.RefreshReason}
 	}
 	return nil
+}
+
+// reads says what is served to readers, and how old it may be.
+func (v *view) reads() {
+	r := v.s.Replica
+	if r == nil {
+		return
+	}
+	var parts []string
+	if c := r.Serving; c != nil {
+		age := "AGE NOT KNOWN YET"
+		if c.AgeSeconds != nil {
+			age = "at most " + since(seconds(*c.AgeSeconds)) + " old"
+		}
+		parts = append(parts, fmt.Sprintf("%s, %s, %d sessions", c.Snapshot, age, c.Sessions))
+		if !c.Healthy {
+			parts = append(parts, "DOES NOT ANSWER "+c.Error)
+		}
+	} else {
+		parts = append(parts, "nothing is served")
+	}
+	if c := r.Draining; c != nil {
+		parts = append(parts, fmt.Sprintf("%d sessions still with %s", c.Sessions, c.Snapshot))
+	}
+	if r.Phase != "" {
+		parts = append(parts, "next: "+r.Phase)
+	}
+	if n := r.ConsecutiveFailures; n > 0 {
+		parts = append(parts, fmt.Sprintf("refresh FAILED %d times in a row: %s", n, r.LastError))
+	}
+	v.row("Reads", "%s", strings.Join(parts, "; "))
 }
 
 func (v *view) machine() {

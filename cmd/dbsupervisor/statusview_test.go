@@ -51,6 +51,16 @@ func statuses() map[string]api.Status {
 	standby.Progress = &api.Progress{Phase: "fetching", Done: 3 << 20, Total: 12 << 20, Started: ago(2 * time.Second), BytesPerSecond: ptr(1.5 * (1 << 20)), RemainingSeconds: ptr(6.0)}
 	standby.Forks = []api.Fork{{Name: "20260131T120000Z"}}
 
+	reads := standby
+	reads.Local = api.Local{VolumeID: "v-2", Phase: "clean", Base: "7-93-ab12"}
+	reads.Progress = nil
+	reads.Replica = &api.Replica{
+		Ports:    []int{5433},
+		Serving:  &api.ReplicaCopy{Container: "dbsupervisor-shop-db-2-r-1", Snapshot: "7-92-ef56", Term: 7, Seq: 92, Frozen: ago(14 * time.Second), AgeSeconds: ptr(16.2), Healthy: true, Sessions: 12},
+		Draining: &api.ReplicaCopy{Container: "dbsupervisor-shop-db-2-r-0", Snapshot: "7-90-cd34", Term: 7, Seq: 90, Frozen: ago(44 * time.Second), Sessions: 1},
+		Phase:    "warming the copy", Refreshes: 40, Failures: 1, ConsecutiveFailures: 1, LastError: "copy ended with status 1", RefreshSeconds: 2.5, Copy: "clone",
+	}
+
 	trouble := primary
 	trouble.Degraded = []string{"snapshots fail", "the register can't be reached"}
 	trouble.Paused = true
@@ -88,7 +98,7 @@ func statuses() map[string]api.Status {
 	unborn := fresh
 	unborn.Role, unborn.State, unborn.Lease.LastContactMS = api.RoleStandby, "waiting", ptr(int64(10))
 	return map[string]api.Status{
-		"primary": primary, "standby": standby, "trouble": trouble, "handoff": handoff, "fresh": fresh, "noagent": noAgent, "empty": empty,
+		"primary": primary, "standby": standby, "reads": reads, "trouble": trouble, "handoff": handoff, "fresh": fresh, "noagent": noAgent, "empty": empty,
 		"unborn": unborn, "rescued": rescued,
 	}
 }
