@@ -332,7 +332,7 @@ func (r *replica) clearAway(base context.Context, g *generation) error {
 		}
 	}
 	r.mu.Lock()
-	keep := r.stats.Copy != "" && r.stats.Copy != "clone"
+	keep := r.stats.Copy == volsync.CopyTwo
 	r.mu.Unlock()
 	if keep {
 		if _, err := os.Lstat(filepath.Join(r.dir, spareData)); errors.Is(err, fs.ErrNotExist) {
