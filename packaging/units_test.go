@@ -137,6 +137,29 @@ func TestGuardStandsAlone(t *testing.T) {
 	}
 }
 
+// The proxy runs on application hosts: it needs nothing of an instance, and no rights.
+func TestProxyStandsAlone(t *testing.T) {
+	proxy := readUnit(t, filepath.Join(install(t), "etc/systemd/system/dbsupervisor-proxy@.service"))
+	for key, want := range map[string]string{
+		"Service.DynamicUser": "yes", "Service.NoNewPrivileges": "yes", "Service.ProtectSystem": "strict",
+		"Service.CapabilityBoundingSet": "CAP_NET_BIND_SERVICE", "Service.Restart": "always", "Unit.StartLimitIntervalSec": "0",
+	} {
+		if got := proxy.one(key); got != want {
+			t.Errorf("%s is %q, want %q", key, got, want)
+		}
+	}
+	for key, values := range proxy {
+		if !strings.HasPrefix(key, "Unit.") || key == "Unit.AssertPathExists" {
+			continue
+		}
+		for _, v := range values {
+			if key != "Unit.Description" && (strings.HasPrefix(v, "dbsupervisor") || strings.HasPrefix(v, "docker") || strings.HasPrefix(v, "remote-fs")) {
+				t.Errorf("%s=%s ties it to an instance", key, v)
+			}
+		}
+	}
+}
+
 func TestUnitsAreValid(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
@@ -162,7 +185,7 @@ func TestUnitsAreValid(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	out, err := exec.Command(analyze, "verify", dir+"/dbsupervisor@shop.service", dir+"/dbsupervisor-guard@shop.service").CombinedOutput()
+	out, err := exec.Command(analyze, "verify", dir+"/dbsupervisor@shop.service", dir+"/dbsupervisor-guard@shop.service", dir+"/dbsupervisor-proxy@shop.service").CombinedOutput()
 	var bad []string
 	for line := range strings.Lines(string(out)) {
 		// Complaints about other units of this machine are not ours.

@@ -75,7 +75,7 @@ func (a *app) root() *cobra.Command {
 		in("operate", a.syncCmd()), in("operate", a.switchoverCmd()), in("operate", a.failoverCmd()),
 		in("operate", a.pauseCmd()), in("operate", a.resumeCmd()), in("operate", a.agentCmd()),
 		in("data", a.restoreCmd()), in("data", a.rollbackCmd()), in("data", a.importCmd()), in("data", a.rescueCmd()),
-		in("setup", a.initCmd()), in("setup", a.runCmd()), in("setup", a.guardCmd()), in("setup", a.configCmd()), in("setup", a.volumeCmd()), in("setup", a.decommissionCmd()),
+		in("setup", a.initCmd()), in("setup", a.runCmd()), in("setup", a.guardCmd()), in("setup", a.proxyCmd()), in("setup", a.configCmd()), in("setup", a.volumeCmd()), in("setup", a.decommissionCmd()),
 		a.versionCmd(), exitCodesTopic(),
 	)
 	strict(root)

@@ -75,17 +75,24 @@ func runAgent(ctx context.Context, cfg *config.Config, log hclog.Logger) (err er
 	// What is reloaded must not outlive the agent, nor end when it is told to stop.
 	live, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
+	proxies := api.NewProxies()
 	sup, err := supervisor.New(supervisor.Config{
 		Settings: cfg, Clock: boottime.Real{}, Log: log, FS: fsx.OS{}, Rand: rand.Reader, Version: programVersion(),
 		Lease: leaseConfig(cfg, register, boot, log), Store: store, Volume: volume, Database: db,
 		Replica: replica(db.Docker),
-		Notify:  notifySystemd(log), Reload: reload(live, cfg, log),
+		Notify:  notifySystemd(log), Reload: reload(live, cfg, log), Proxies: proxies,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, sup.Close()) }()
-	return serveAgent(ctx, live, stop, cfg, sup, log)
+	return serveAgent(ctx, live, stop, cfg, agent{sup, proxies}, log)
+}
+
+// agent is a supervisor with the proxies that follow it.
+type agent struct {
+	*supervisor.Supervisor
+	proxies *api.Proxies
 }
 
 // claimName makes sure that no other agent on this machine runs under the same names: it
@@ -104,7 +111,7 @@ func claimName(cfg *config.Config) (io.Closer, error) {
 
 // serveAgent runs the supervisor with its socket and health checks, which outlast it so
 // that a handoff can be watched.
-func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.Config, sup *supervisor.Supervisor, log hclog.Logger) error {
+func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.Config, sup agent, log hclog.Logger) error {
 	var servers sync.WaitGroup
 	serve := func(name string, run func(context.Context) error) {
 		servers.Go(func() {
@@ -116,14 +123,15 @@ func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.
 	}
 	defer servers.Wait()
 	defer stop()
-	socket, err := api.NewServer(api.ServerConfig{RunDir: cfg.RunDir, Agent: sup, Log: log.Named("socket")})
+	socket, err := api.NewServer(api.ServerConfig{RunDir: cfg.RunDir, Agent: sup.Supervisor, Log: log.Named("socket")})
 	if err != nil {
 		return err
 	}
 	if cfg.HTTP.Listen != "" {
 		health, err := api.NewHealth(api.HealthConfig{
 			Listen: cfg.HTTP.Listen, Cluster: cfg.Cluster, Instance: cfg.Instance, Version: programVersion(),
-			Agent: sup, Clock: boottime.Real{}, Log: log.Named("http"),
+			Agent: sup.Supervisor, Clock: boottime.Real{}, Log: log.Named("http"),
+			Database: cfg.Database.Ports[0].Host, Proxies: sup.proxies,
 		})
 		if err != nil {
 			return errors.Join(err, socket.Close())

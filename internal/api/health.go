@@ -25,6 +25,10 @@ type HealthConfig struct {
 	Agent    Agent
 	Clock    boottime.Clock
 	Log      hclog.Logger
+	// Database is the port of this machine under which the database is reached; 0: unknown.
+	Database int
+	// Proxies are served at /proxy; nil: none are.
+	Proxies *Proxies
 }
 
 // Health is the read-only HTTP server for load balancers and Prometheus. The paths have
@@ -64,6 +68,9 @@ func (h *Health) Run(ctx context.Context) error {
 		MaxHeaderBytes:    1 << 14,
 		ErrorLog:          h.cfg.Log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
 	}
+	if h.cfg.Proxies != nil {
+		go h.cfg.Proxies.watch(ctx, h.proxyEvent)
+	}
 	return serve(ctx, srv, h.listener, h.Close)
 }
 
@@ -75,6 +82,7 @@ type verdict struct {
 	Cluster  string `json:"cluster"`
 	Instance string `json:"instance"`
 	LeaseMS  *int64 `json:"lease_ms,omitempty"` // left until the deadline
+	Port     int    `json:"port,omitempty"`     // of the database on this machine
 	Reason   string `json:"reason,omitempty"`   // why it is not OK
 	// What is served to readers, on an instance that serves reads.
 	Snapshot string `json:"snapshot,omitempty"`
@@ -100,6 +108,9 @@ func (h *Health) Handler() http.Handler {
 	mux.HandleFunc("/readiness", h.answer(h.health))
 	mux.HandleFunc("/liveness", h.answer(h.alive))
 	mux.Handle("GET /metrics", metricsHandler(h.cfg))
+	if h.cfg.Proxies != nil {
+		mux.Handle("GET /proxy", h.cfg.Proxies)
+	}
 	return mux
 }
 
@@ -117,7 +128,7 @@ func (h *Health) answer(why func(Live, boottime.Instant) string) http.HandlerFun
 		// The clock is read after the state: what it says can only be older than now.
 		l := h.cfg.Agent.Live()
 		now := h.cfg.Clock.Now()
-		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Reason: why(l, now)}
+		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Port: h.cfg.Database, Reason: why(l, now)}
 		v.OK = v.Reason == ""
 		if l.Role == RoleStandby {
 			l.Replica.tell(w.Header(), &v, now)
@@ -222,4 +233,14 @@ func (h *Health) health(l Live, now boottime.Instant) string {
 		return ""
 	}
 	return "the agent is neither primary nor standby"
+}
+
+// proxyEvent is what proxies are told. A primary that hands off goes on taking connections
+// until it announces that it stops (ProxyEvent.Hold).
+func (h *Health) proxyEvent() ProxyEvent {
+	l := h.cfg.Agent.Live()
+	now := h.cfg.Clock.Now()
+	serves := l.Role == RolePrimary || l.Role == RoleHandoff
+	return ProxyEvent{Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Role: l.Role, Term: l.Term, Port: h.cfg.Database,
+		Primary: serves && l.Deadline > now && l.DatabaseAnswers}
 }

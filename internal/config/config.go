@@ -44,6 +44,7 @@ type Config struct {
 	HTTP      HTTP      `yaml:"http"`
 	Failover  Failover  `yaml:"failover"`
 	Replica   Replica   `yaml:"replica"`
+	Handoff   Handoff   `yaml:"handoff"`
 	Log       Log       `yaml:"log"`
 
 	src *source // where the keys are in the file; nil for a Config made by hand
@@ -176,6 +177,13 @@ type HTTP struct {
 type Failover struct {
 	// NoFailover keeps this instance from ever becoming primary.
 	NoFailover bool `yaml:"nofailover"`
+}
+
+// Handoff is a planned end of the database here: a switchover, a stop, a rollback.
+type Handoff struct {
+	// Drain is how long it waits for the connections of clients behind proxies to end
+	// before the database stops. Default 2s; 0: not at all.
+	Drain time.Duration `yaml:"drain"`
 }
 
 // Log configures hclog.

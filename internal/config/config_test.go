@@ -156,6 +156,7 @@ replica:
     stop_signal: SIGQUIT
 http: {listen: "127.0.0.1:9000"}
 failover: {nofailover: true}
+handoff: {drain: 7s}
 log: {level: debug, json: true}
 `)
 	want := &Config{
@@ -190,7 +191,7 @@ log: {level: debug, json: true}
 				VolumeReadOnly: true, Prepare: []string{"p"}, Ready: []string{"r"}, Probe: []string{"q"}, StopSignal: "SIGQUIT",
 			},
 		},
-		HTTP: HTTP{Listen: "127.0.0.1:9000"}, Failover: Failover{NoFailover: true}, Log: Log{Level: "debug", JSON: true},
+		HTTP: HTTP{Listen: "127.0.0.1:9000"}, Failover: Failover{NoFailover: true}, Handoff: Handoff{Drain: 7 * time.Second}, Log: Log{Level: "debug", JSON: true},
 	}
 	if d := Diff(c, want); d != nil {
 		t.Errorf("differs in %v\n got %+v\nwant %+v", d, c, want)

@@ -19,7 +19,7 @@ const mountInfo = "/proc/self/mountinfo"
 // mounted and a directory, and that the sources of mounts exist. A share that hangs is
 // reported when ctx ends; the look at it is left behind then.
 func (c *Config) CheckHost(ctx context.Context) error {
-	v := &validator{c: c}
+	v := &validator{c: c, src: c.src}
 	if err := c.ShareMounted(); err != nil {
 		v.errs = append(v.errs, c.ErrorAt("share_mount", err.Error(), "mount the shared file system, or correct share_mount; nothing was created in its place"))
 		return v.errs

@@ -26,12 +26,21 @@ const maxFile = 1 << 20
 // What is wrong in the content is reported all at once, as Errors. See CheckHost for the
 // rest and engine.Resolve for what the database's profile adds.
 func Load(path string) (*Config, error) {
+	data, err := read(path, "write one: dbsupervisor config example > "+path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, data)
+}
+
+// read reads a file of ours; missing says what to do where there is none.
+func read(path, missing string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		hint := "check the path given with --config"
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			hint = "write one: dbsupervisor config example > " + path
+			hint = missing
 		case errors.Is(err, fs.ErrPermission):
 			hint = "run as root"
 		}
@@ -45,31 +54,18 @@ func Load(path string) (*Config, error) {
 	if len(data) > maxFile {
 		return nil, &Error{File: path, Msg: "is larger than 1 MiB", Advice: "check that this is the configuration file"}
 	}
-	return Parse(path, data)
+	return data, nil
 }
 
 // Parse is Load for content that is already there; name is used in messages.
 func Parse(name string, data []byte) (*Config, error) {
-	file, err := parser.ParseBytes(data, 0)
+	root, err := document(name, data, "dbsupervisor config example")
 	if err != nil {
-		return nil, fromYAML(name, err)
+		return nil, err
 	}
-	var docs []ast.Node
-	for _, d := range file.Docs {
-		if d.Body != nil {
-			docs = append(docs, d.Body)
-		}
-	}
-	switch {
-	case len(docs) == 0:
-		return nil, Errors{{File: name, Msg: "is empty", Advice: "print a commented example with: dbsupervisor config example"}}
-	case len(docs) > 1:
-		return nil, Errors{{File: name, Line: lineOf(docs[1]), Msg: "holds more than one YAML document", Advice: "remove the line --- and what follows, or merge the two"}}
-	}
-	root := docs[0]
 	c := Default()
 	ck := checker{file: name}
-	ck.checkConfig(root)
+	ck.checkFile(root, reflect.TypeFor[Config](), "dbsupervisor config example")
 	c.src = &source{file: name, root: root}
 	if len(ck.errs) > 0 {
 		return nil, ck.errs.with(c.rest(data))
@@ -87,6 +83,27 @@ func Parse(name string, data []byte) (*Config, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// document finds the one document of a file; example is the command that prints one.
+func document(name string, data []byte, example string) (ast.Node, error) {
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return nil, fromYAML(name, err)
+	}
+	var docs []ast.Node
+	for _, d := range file.Docs {
+		if d.Body != nil {
+			docs = append(docs, d.Body)
+		}
+	}
+	switch {
+	case len(docs) == 0:
+		return nil, Errors{{File: name, Msg: "is empty", Advice: "print a commented example with: " + example}}
+	case len(docs) > 1:
+		return nil, Errors{{File: name, Line: lineOf(docs[1]), Msg: "holds more than one YAML document", Advice: "remove the line --- and what follows, or merge the two"}}
+	}
+	return docs[0], nil
 }
 
 // rest finds what else is wrong with a file whose keys are not all right, so that everything is
@@ -127,6 +144,7 @@ func Default() *Config {
 		},
 		Replica: Replica{Interval: 10 * time.Second, WarmTimeout: time.Minute, Drain: time.Minute, OnFailure: "keep"},
 		HTTP:    HTTP{Listen: ":8008"},
+		Handoff: Handoff{Drain: 2 * time.Second},
 		Log:     Log{Level: "info"},
 	}
 }
@@ -180,13 +198,13 @@ func (c *Config) derive() error {
 	return nil
 }
 
-// checkConfig checks a whole file; a document that is no mapping gets a message of its own.
-func (c *checker) checkConfig(root ast.Node) {
+// checkFile checks a whole file; a document that is no mapping gets a message of its own.
+func (c *checker) checkFile(root ast.Node, t reflect.Type, example string) {
 	if !isMapping(plain(root)) {
-		c.add(root, "", "is not a configuration: it holds "+kindOf(root)+" instead of keys", "print a commented example with: dbsupervisor config example")
+		c.add(root, "", "is not a configuration: it holds "+kindOf(root)+" instead of keys", "print a commented example with: "+example)
 		return
 	}
-	c.check(root, root, "", reflect.TypeFor[Config]())
+	c.check(root, root, "", t)
 }
 
 // literalEnv takes unquoted numbers in the environment as they were written: YAML would

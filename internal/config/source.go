@@ -17,20 +17,26 @@ type source struct {
 // ErrorAt makes an error that names the line of a key ("lease.ttl", "database.ports[1].host").
 // A key that is not in the file is blamed on the nearest key above it.
 func (c *Config) ErrorAt(key, msg, hint string) *Error {
+	return c.src.errorAt(key, msg, hint)
+}
+
+func (s *source) errorAt(key, msg, hint string) *Error {
 	e := &Error{File: "configuration", Key: key, Msg: msg, Advice: hint}
-	if c.src != nil {
-		e.File = c.src.file
-		e.Line = c.src.line(key)
+	if s != nil {
+		e.File = s.file
+		e.Line = s.line(key)
 	}
 	return e
 }
 
 // Has says whether the file itself sets a key, and not to null.
-func (c *Config) Has(key string) bool {
-	if c.src == nil {
+func (c *Config) Has(key string) bool { return c.src.has(key) }
+
+func (s *source) has(key string) bool {
+	if s == nil {
 		return false
 	}
-	n, complete := c.src.find(key)
+	n, complete := s.find(key)
 	if kv, ok := n.(*ast.MappingValueNode); ok && complete {
 		_, null := plain(kv.Value).(*ast.NullNode)
 		return !null

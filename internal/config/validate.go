@@ -17,13 +17,14 @@ import (
 // validator collects what is wrong, with the line of the key.
 type validator struct {
 	c    *Config
+	src  *source
 	errs Errors
 }
 
 // need records an error at key unless ok.
 func (v *validator) need(ok bool, key, msg, hint string) bool {
 	if !ok {
-		v.errs = append(v.errs, v.c.ErrorAt(key, msg, hint))
+		v.errs = append(v.errs, v.src.errorAt(key, msg, hint))
 	}
 	return ok
 }
@@ -32,23 +33,32 @@ func (v *validator) need(ok bool, key, msg, hint string) bool {
 func (c *Config) Validate() error { return c.validate().orNil() }
 
 func (c *Config) validate() Errors {
-	v := &validator{c: c}
+	v := &validator{c: c, src: c.src}
 	v.names()
 	v.places()
 	v.timing()
 	v.sync()
 	v.database()
 	v.ports()
-	v.need(hclog.LevelFromString(c.Log.Level) != hclog.NoLevel && c.Log.Level != "off", "log.level", "is not a log level", "use trace, debug, info, warn or error")
+	v.need(c.Handoff.Drain >= 0 && c.Handoff.Drain <= time.Minute, "handoff.drain", "must be between 0 and 1m", "all clients wait as long as this: use for example 2s")
+	v.logging(c.Log)
 	slices.SortStableFunc(v.errs, func(a, b *Error) int { return a.Line - b.Line })
 	return v.errs
 }
 
+func (v *validator) logging(l Log) {
+	v.need(hclog.LevelFromString(l.Level) != hclog.NoLevel && l.Level != "off", "log.level", "is not a log level", "use trace, debug, info, warn or error")
+}
+
+func (v *validator) cluster(name string) {
+	if v.need(name != "", "cluster", "is required", "give the cluster a name, the same on every instance, such as cluster: shop") {
+		v.need(matches(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`, name), "cluster", "is not a valid name", "use at most 32 lower-case letters, digits and dashes")
+	}
+}
+
 func (v *validator) names() {
 	c := v.c
-	if v.need(c.Cluster != "", "cluster", "is required", "give the cluster a name, the same on every instance, such as cluster: shop") {
-		v.need(matches(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`, c.Cluster), "cluster", "is not a valid name", "use at most 32 lower-case letters, digits and dashes")
-	}
+	v.cluster(c.Cluster)
 	v.need(matches(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`, c.Instance), "instance", "is not a valid name", "use at most 63 letters, digits, dots, dashes and underscores")
 	v.need(c.Zone == "" || matches(`^[A-Za-z0-9._-]{1,64}$`, c.Zone), "zone", "is not a valid name", "use letters, digits and dashes")
 	if c.Advertise != "" {

@@ -246,6 +246,8 @@ func (s *Supervisor) handoff(ctx context.Context) error {
 		} else if err != nil {
 			return s.cancelHandoff(ctx, err)
 		}
+		defer s.cfg.Proxies.Resume()
+		s.holdProxies(ctx)
 		if err := s.db.stop(ctx); err != nil {
 			return s.cancelHandoff(ctx, err)
 		}
@@ -401,6 +403,8 @@ func (s *Supervisor) rollbackTo(ctx context.Context, o lease.Order) error {
 	if err != nil {
 		return fmt.Errorf("read snapshot %s: %w", target.ID, err)
 	}
+	defer s.cfg.Proxies.Resume()
+	s.holdProxies(ctx)
 	if err := s.db.stop(ctx); err != nil {
 		return err
 	}

@@ -42,6 +42,8 @@ type Config struct {
 	Replica *ReplicaConfig
 	// Notify tells the service manager ("READY=1", "WATCHDOG=1", "STATUS=..."); nil: nobody.
 	Notify func(state string)
+	// Proxies learn of a planned handoff before the database stops; nil: there are none.
+	Proxies Proxies
 	// Reload delivers new settings; only what can change without a restart is taken over.
 	Reload <-chan *config.Config
 }
@@ -131,6 +133,9 @@ func New(cfg Config) (*Supervisor, error) {
 	}
 	if cfg.Notify == nil {
 		cfg.Notify = func(string) {}
+	}
+	if cfg.Proxies == nil {
+		cfg.Proxies = api.NewProxies()
 	}
 	s := &Supervisor{
 		cfg: cfg, set: cfg.Settings, log: cfg.Log.Named("supervisor"), clock: cfg.Clock,
@@ -507,7 +512,7 @@ func (s *Supervisor) reload(set *config.Config) {
 	s.schedule = sched
 	// A copy: others may hold the old one.
 	merged := *s.set
-	merged.Sync, merged.Retention, merged.Failover = set.Sync, set.Retention, set.Failover
+	merged.Sync, merged.Retention, merged.Failover, merged.Handoff = set.Sync, set.Retention, set.Failover, set.Handoff
 	s.set = &merged
 	s.pace.Interval = 0 // learnt anew from the next snapshot
 	s.armSchedule()
