@@ -131,7 +131,7 @@ func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.
 		health, err := api.NewHealth(api.HealthConfig{
 			Listen: cfg.HTTP.Listen, Cluster: cfg.Cluster, Instance: cfg.Instance, Version: programVersion(),
 			Agent: sup.Supervisor, Clock: boottime.Real{}, Log: log.Named("http"),
-			Database: cfg.Database.Ports[0].Host, Proxies: sup.proxies,
+			Database: cfg.Database.Ports[0].Host, Reads: readPort(cfg), Proxies: sup.proxies,
 		})
 		if err != nil {
 			return errors.Join(err, socket.Close())
@@ -145,6 +145,14 @@ func serveAgent(ctx, live context.Context, stop context.CancelFunc, cfg *config.
 		return errRestart
 	}
 	return err
+}
+
+// readPort is where the replica of this machine is read; 0: nowhere.
+func readPort(cfg *config.Config) int {
+	if !cfg.Replica.Enabled || len(cfg.Replica.Ports) == 0 {
+		return 0
+	}
+	return cfg.Replica.Ports[0].Host
 }
 
 // errRestart says that the agent ended to be started again.

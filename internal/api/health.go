@@ -27,6 +27,8 @@ type HealthConfig struct {
 	Log      hclog.Logger
 	// Database is the port of this machine under which the database is reached; 0: unknown.
 	Database int
+	// Reads is the port for reading, where there is a replica; 0: none, or unknown.
+	Reads int
 	// Proxies are served at /proxy; nil: none are.
 	Proxies *Proxies
 }
@@ -83,7 +85,8 @@ type verdict struct {
 	Instance string `json:"instance"`
 	LeaseMS  *int64 `json:"lease_ms,omitempty"` // left until the deadline
 	Port     int    `json:"port,omitempty"`     // of the database on this machine
-	Reason   string `json:"reason,omitempty"`   // why it is not OK
+	ReadPort int    `json:"read_port,omitempty"`
+	Reason   string `json:"reason,omitempty"` // why it is not OK
 	// What is served to readers, on an instance that serves reads.
 	Snapshot string `json:"snapshot,omitempty"`
 	Token    string `json:"token,omitempty"`
@@ -128,7 +131,7 @@ func (h *Health) answer(why func(Live, boottime.Instant) string) http.HandlerFun
 		// The clock is read after the state: what it says can only be older than now.
 		l := h.cfg.Agent.Live()
 		now := h.cfg.Clock.Now()
-		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Port: h.cfg.Database, Reason: why(l, now)}
+		v := verdict{Role: l.Role, Term: l.Term, Cluster: h.cfg.Cluster, Instance: h.cfg.Instance, Port: h.cfg.Database, ReadPort: h.cfg.Reads, Reason: why(l, now)}
 		v.OK = v.Reason == ""
 		if l.Role == RoleStandby {
 			l.Replica.tell(w.Header(), &v, now)

@@ -61,7 +61,7 @@ type ProxyWrite struct {
 // ProxyRead is the address for reading.
 type ProxyRead struct {
 	Listen        string        `yaml:"listen"` // default "": none
-	Port          int           `yaml:"port"`   // of the replicas on the instances; required where there is an address
+	Port          int           `yaml:"port"`   // of the replicas on the instances; default: what the agent says
 	Connections   int           `yaml:"connections"`
 	ProxyProtocol bool          `yaml:"proxy_protocol"`
 	MaxAge        time.Duration `yaml:"max_age"` // of a replica's data; default 0: any
@@ -150,7 +150,7 @@ func (v *validator) proxy(p *Proxy) {
 	v.need(p.Read.Listen == "" || p.Read.Listen != p.Write.Listen, "read.listen", "is the same as write.listen", "give each a port of its own")
 	v.listen("http.listen", p.HTTP.Listen, true)
 	v.need(p.Write.Port >= 0 && p.Write.Port <= 65535, "write.port", "is not a port", "leave it out to use what the agents say")
-	v.need(p.Read.Listen == "" || p.Read.Port >= 1 && p.Read.Port <= 65535, "read.port", "is not a port", "name the port that serves reads on the replicas")
+	v.need(p.Read.Port >= 0 && p.Read.Port <= 65535, "read.port", "is not a port", "leave it out to use what the agents say")
 	for _, n := range []struct {
 		key        string
 		val, least int

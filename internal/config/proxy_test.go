@@ -60,7 +60,7 @@ func TestProxyErrors(t *testing.T) {
 		"cluster: shop":                          "agents: is required",
 		"agents: [a]":                            "cluster: is required",
 		good + "write: {listen: x}":              "p.yaml:3: write.listen: is not an address",
-		good + "read: {listen: \":1\"}":          "read.port: is not a port",
+		good + "read: {port: -1}":                "read.port: is not a port",
 		good + "write: {listne: x}":              "write.listne: is not a known key",
 		good + "hold: {time: 5}":                 "hold.time: is not a duration",
 		good + "limits: {connections: 0}":        "limits.connections: must be at least 1",

@@ -38,7 +38,7 @@ type agent struct {
 	// that back. An agent that is restarted, or can't be reached, leaves its database
 	// running: the gate is what tells whether clients may still go there.
 	claim *api.ProxyEvent
-	reads bool // a replica that is young enough
+	reads int // port of a replica that is young enough; 0: there is none
 }
 
 func newBoard(p *Proxy) *board {
@@ -223,8 +223,8 @@ func (b *board) route() {
 func (b *board) routeReads(primary []target) {
 	var to []target
 	for _, a := range b.agents {
-		if a.reads {
-			to = append(to, a.target(b.p.cfg.Read.Port, &a.event))
+		if a.reads > 0 {
+			to = append(to, a.target(a.reads, &a.event))
 		}
 	}
 	if len(to) == 0 && b.p.cfg.ReadPrimary {
@@ -246,12 +246,18 @@ func (a *agent) target(port int, e *api.ProxyEvent) target {
 	return target{addr: net.JoinHostPort(a.host, strconv.Itoa(port)), agent: e.Instance, term: e.Term}
 }
 
-// readable says whether an agent's replica serves reads.
-func (b *board) readable(a *agent, reads bool) {
+// readable says whether an agent's replica serves reads, and at which port.
+func (b *board) readable(a *agent, reads bool, port int) {
+	if b.p.cfg.Read.Port != 0 {
+		port = b.p.cfg.Read.Port
+	}
+	if !reads {
+		port = 0
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if a.reads != reads {
-		a.reads = reads
+	if a.reads != port {
+		a.reads = port
 		b.route()
 	}
 }

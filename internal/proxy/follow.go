@@ -175,15 +175,16 @@ func (b *board) askReplica(ctx context.Context, a *agent) {
 		var v struct {
 			OK      bool   `json:"ok"`
 			Cluster string `json:"cluster"`
+			Port    int    `json:"read_port"`
 		}
 		err := get(ctx, u, &v)
-		b.readable(a, err == nil && v.OK && v.Cluster == b.p.cfg.Cluster)
+		b.readable(a, err == nil && v.OK && v.Cluster == b.p.cfg.Cluster, v.Port)
 		select {
 		case <-ctx.Done():
 		case <-time.After(replicaEvery):
 		}
 	}
-	b.readable(a, false)
+	b.readable(a, false, 0)
 }
 
 // get reads a small JSON answer, whatever its status.

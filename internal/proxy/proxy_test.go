@@ -639,7 +639,7 @@ func TestReads(t *testing.T) {
 	b.db.open()
 	b.is(api.RoleDown, 1)
 	p, _ := start(t, func(c *Config) {
-		c.Read, c.ReadPrimary, c.MaxAge = Listener{Listen: "127.0.0.1:0", Port: b.db.port}, true, time.Minute
+		c.Read, c.ReadPrimary, c.MaxAge = Listener{Listen: "127.0.0.1:0"}, true, time.Minute
 	}, a, b)
 	read := func() *client {
 		nc, err := net.Dial("tcp", p.Addr(1).String())

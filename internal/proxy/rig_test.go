@@ -46,6 +46,9 @@ func (i *instance) is(role api.Role, term uint64) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.live = api.Live{Role: role, Term: term, ServesReads: role == api.RoleStandby}
+	if role == api.RoleStandby {
+		i.live.Replica = &api.LiveReplica{Term: term, FreshAt: boottime.Real{}.Now()}
+	}
 	if role == api.RolePrimary || role == api.RoleHandoff {
 		i.live.Deadline, i.live.DatabaseAnswers = boottime.Real{}.Now().Add(time.Hour), true
 	}
@@ -68,7 +71,7 @@ func (i *instance) start(addr string) {
 	until(i.t, "port of the agent is free", func() bool {
 		var err error
 		h, err = api.NewHealth(api.HealthConfig{Listen: addr, Cluster: "shop", Instance: i.name, Agent: i, Clock: boottime.Real{},
-			Log: hclog.NewNullLogger(), Database: i.db.port, Proxies: i.proxies})
+			Log: hclog.NewNullLogger(), Database: i.db.port, Reads: i.db.port, Proxies: i.proxies})
 		return err == nil
 	})
 	i.addr = h.Addr().String()
