@@ -139,7 +139,7 @@ func (s *Supervisor) ship(ctx context.Context, basis lease.Record, c *volsync.Ca
 	moves := s.moves()
 	tree, stats, err := s.store.Write(ctx, volsync.WriteRequest{
 		Base: base, Delta: c.Delta, Blocks: c.Blocks, Term: term, Seq: seq, Frozen: c.Frozen,
-		Writer: s.set.Instance, Moves: moves, Progress: s.report(),
+		Writer: s.set.Instance, Moves: moves, Gently: s.db.state().running, Progress: s.report(),
 	})
 	if err != nil {
 		s.volume.Abandon(c)

@@ -127,7 +127,7 @@ func (s *Store) shipPacks(ctx context.Context, ship *shipment, id objectName, r 
 	var nextFrame atomic.Uint64
 	g, ctx := errgroup.WithContext(ctx)
 	for range min(uint64(s.cfg.Workers)+2, w.frames) {
-		g.Go(func() error {
+		work := func() error {
 			size := min(s.cfg.frameBlocks, ship.total) * BlockSize
 			raw := make([]byte, size)
 			out := make([]byte, packHeader, packHeader+size+size/64+1024)
@@ -144,7 +144,11 @@ func (s *Store) shipPacks(ctx context.Context, ship *shipment, id objectName, r 
 					return err
 				}
 			}
-		})
+		}
+		if r.Gently {
+			work = gently(work)
+		}
+		g.Go(work)
 	}
 	err := g.Wait()
 	refs := make([]PackRef, len(w.packs))

@@ -142,7 +142,9 @@ type WriteRequest struct {
 	// CheckNotCondemned.
 	Moves *Moves
 	// Limit is the most bytes per second that are written to packs; 0 means no limit.
-	Limit    int64
+	Limit int64
+	// Gently leaves the processors to others as far as they want them: the database runs.
+	Gently   bool
 	Progress Progress // may be nil
 }
 
