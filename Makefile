@@ -41,7 +41,7 @@ docker: tools
 	@scripts/ensure-docker.sh
 
 image: docker
-	@packaging/images/postgres/ensure.sh
+	@packaging/images/ensure.sh
 
 vet:
 	go vet ./...

@@ -61,7 +61,7 @@ func TestMirrorComesFromApt(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			cmd := exec.Command("images/postgres/mirror.sh", c.suite)
+			cmd := exec.Command("images/mirror.sh", c.suite)
 			cmd.Env = append(os.Environ(), "APT_DIR="+dir)
 			out, err := cmd.Output()
 			if got := strings.TrimSpace(string(out)); got != c.want || (err == nil) != (c.want != "") {

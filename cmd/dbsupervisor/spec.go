@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,6 +31,9 @@ func containerSpec(cfg *config.Config) (container.Spec, error) {
 	}
 	for _, m := range d.Mounts {
 		s.Mounts = append(s.Mounts, container.Mount{Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly})
+	}
+	for _, path := range slices.Sorted(maps.Keys(d.Files)) {
+		s.Files = append(s.Files, container.File{Path: path, Data: []byte(d.Files[path]), Mode: 0o644})
 	}
 	for _, p := range d.Ports {
 		s.Ports = append(s.Ports, container.Port{Container: p.Container, Host: p.Host, Address: p.Address})

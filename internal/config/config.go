@@ -146,9 +146,23 @@ type Database struct {
 	ProbeTimeout  time.Duration `yaml:"probe_timeout"`  // default 5s
 	// StartTimeout is how long a start (crash recovery included) may take. Default 5m.
 	StartTimeout time.Duration `yaml:"start_timeout"`
-	// BeforeFreeze and AfterFreeze are commands run in the container around each capture.
+	// BeforeFreeze and AfterFreeze are commands run in the container around each capture. What
+	// BeforeFreeze writes is in the snapshot; if it fails, there is none.
 	BeforeFreeze []string `yaml:"before_freeze"`
 	AfterFreeze  []string `yaml:"after_freeze"`
+	// BeforeReady is a command run in the container when the database has answered for the
+	// first time and before a client can reach it; after a restart of the agent once more, so it
+	// must find nothing to do the second time.
+	BeforeReady []string `yaml:"before_ready"`
+	// BeforeStop is a command run in the container before a planned stop, when no client can
+	// reach the database any more.
+	BeforeStop []string `yaml:"before_stop"`
+	// HookTimeout is how long each of these commands may take, except that BeforeReady may take
+	// StartTimeout. Default 30s.
+	HookTimeout time.Duration `yaml:"hook_timeout"`
+	// Files are small files, path to text, written into the container before it starts, owned by
+	// root and readable by all. They are no place for secrets.
+	Files map[string]string `yaml:"files"`
 	// After MaxRestarts deaths within RestartWindow the term is given up.
 	MaxRestarts   int           `yaml:"max_restarts"`   // default 3
 	RestartWindow time.Duration `yaml:"restart_window"` // default 10m

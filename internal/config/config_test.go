@@ -124,6 +124,10 @@ database:
   start_timeout: 3m
   before_freeze: [x]
   after_freeze: [y]
+  before_ready: [r]
+  before_stop: [s]
+  hook_timeout: 7s
+  files: {/etc/a: text}
   max_restarts: 0
   restart_window: 5m
 role: replica
@@ -178,7 +182,9 @@ log: {level: debug, json: true}
 			CapAdd: []string{"SYS_NICE"}, CapDrop: []string{"NET_RAW"}, Sysctls: map[string]string{"net.core.somaxconn": "1024"},
 			Network: "db-net", StopSignal: "SIGTERM", StopTimeout: time.Minute, Probe: []string{"true-ish"},
 			ProbeInterval: time.Second, ProbeTimeout: 2 * time.Second, StartTimeout: 3 * time.Minute,
-			BeforeFreeze: []string{"x"}, AfterFreeze: []string{"y"}, MaxRestarts: 0, RestartWindow: 5 * time.Minute,
+			BeforeFreeze: []string{"x"}, AfterFreeze: []string{"y"},
+			BeforeReady: []string{"r"}, BeforeStop: []string{"s"}, HookTimeout: 7 * time.Second,
+			Files: map[string]string{"/etc/a": "text"}, MaxRestarts: 0, RestartWindow: 5 * time.Minute,
 		},
 		Role: RoleReplica,
 		Replica: Replica{
@@ -454,6 +460,8 @@ func TestExample(t *testing.T) {
 		"database.entrypoint": true, "database.cap_add": true, "database.cap_drop": true, "database.sysctls": true, "database.before_freeze": true, "database.after_freeze": true,
 		"replica.read_only.entrypoint": true, "replica.read_only.command": true, "replica.read_only.env": true, "replica.read_only.prepare": true,
 		"replica.read_only.ready": true, "replica.read_only.user": true, "replica.read_only.stop_signal": true,
+		"database.before_ready": true, "database.before_stop": true, "database.files": true,
+		"database.hook_timeout": true, // of the profile, else of the supervisor
 	}
 	for _, k := range Diff(full, want) {
 		if !free[k] {

@@ -227,6 +227,10 @@ func (v *validator) database() {
 	v.need(d.ProbeInterval >= 100*time.Millisecond, "database.probe_interval", fmt.Sprintf("is too short (%s)", d.ProbeInterval), "use at least 100ms")
 	v.need(d.ProbeTimeout >= 100*time.Millisecond, "database.probe_timeout", fmt.Sprintf("is too short (%s)", d.ProbeTimeout), "use at least 100ms")
 	v.need(d.StartTimeout >= d.ProbeTimeout, "database.start_timeout", "must not be shorter than database.probe_timeout", "crash recovery of a large database takes minutes: use for example 5m")
+	v.need(d.HookTimeout >= 0, "database.hook_timeout", "must not be negative", "use for example 30s")
+	for name := range d.Files {
+		v.need(filepath.IsAbs(name) && filepath.Clean(name) == name && name != "/", "database.files", fmt.Sprintf("has a name that is not an absolute, plain path: %q", name), "write it as it is in the container, such as /etc/mysql/conf.d/x.cnf")
+	}
 	v.need(d.MaxRestarts >= 0, "database.max_restarts", "must not be negative", "0 gives the term up at the first death")
 	v.need(d.RestartWindow > 0, "database.restart_window", "must be more than 0", "use for example 10m")
 }

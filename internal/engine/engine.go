@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -40,8 +41,13 @@ type Profile struct {
 	Probe        []string          `yaml:"probe"` // empty: TCP connection to the main port
 	StopSignal   string            `yaml:"stop_signal"`
 	StopTimeout  time.Duration     `yaml:"stop_timeout"`
+	BeforeReady  []string          `yaml:"before_ready"`
 	BeforeFreeze []string          `yaml:"before_freeze"`
 	AfterFreeze  []string          `yaml:"after_freeze"`
+	BeforeStop   []string          `yaml:"before_stop"`
+	HookTimeout  time.Duration     `yaml:"hook_timeout"`
+	// Files are written into the container before it starts: path -> text.
+	Files map[string]string `yaml:"files"`
 	// FirstStartNeeds lists variables of which at least one must be set before the image
 	// can make a new database.
 	FirstStartNeeds []string `yaml:"first_start_needs"`
@@ -77,7 +83,8 @@ func Load(name string) (Profile, error) {
 }
 
 // Merge fills what the configuration does not set. A list that is empty but not nil was
-// set to [] and stays empty. Environments are merged, the configuration's values win.
+// set to [] and stays empty. Environments and files are merged, the configuration's
+// win.
 func (p Profile) Merge(d config.Database) config.Database {
 	d.Image = or(d.Image, p.Image)
 	d.DataPath = or(d.DataPath, p.DataPath)
@@ -88,22 +95,27 @@ func (p Profile) Merge(d config.Database) config.Database {
 	d.Entrypoint = orList(d.Entrypoint, p.Entrypoint)
 	d.Command = orList(d.Command, p.Command)
 	d.Probe = orList(d.Probe, p.Probe)
+	d.BeforeReady = orList(d.BeforeReady, p.BeforeReady)
 	d.BeforeFreeze = orList(d.BeforeFreeze, p.BeforeFreeze)
 	d.AfterFreeze = orList(d.AfterFreeze, p.AfterFreeze)
+	d.BeforeStop = orList(d.BeforeStop, p.BeforeStop)
+	d.HookTimeout = or(d.HookTimeout, p.HookTimeout)
 	if d.Ports == nil {
 		for _, port := range p.Ports {
 			d.Ports = append(d.Ports, config.Port{Container: port, Host: port})
 		}
 	}
-	env := map[string]string{}
-	for k, v := range p.Env {
-		env[k] = v
-	}
-	for k, v := range d.Env {
-		env[k] = v
-	}
-	d.Env = env
+	d.Env = merged(p.Env, d.Env)
+	d.Files = merged(p.Files, d.Files)
 	return d
+}
+
+// merged is a new map of both; what is set wins.
+func merged(profile, set map[string]string) map[string]string {
+	out := map[string]string{}
+	maps.Copy(out, profile)
+	maps.Copy(out, set)
+	return out
 }
 
 func or[T comparable](set, profile T) T {

@@ -14,7 +14,7 @@ import (
 
 func TestEveryProfileLoads(t *testing.T) {
 	names := Names()
-	if !reflect.DeepEqual(names, []string{"generic", "postgres"}) {
+	if !reflect.DeepEqual(names, []string{"generic", "mariadb", "postgres", "redis"}) {
 		t.Fatalf("names = %v", names)
 	}
 	for _, n := range names {
@@ -67,16 +67,20 @@ func TestEverythingCanBeOverridden(t *testing.T) {
 		Image: "p", DataPath: "/p", Ports: []int{1}, Env: map[string]string{"A": "p", "B": "p"},
 		Entrypoint: []string{"p"}, Command: []string{"p"}, User: "p", ShmSize: 1, Probe: []string{"p"},
 		StopSignal: "SIGINT", StopTimeout: time.Second, BeforeFreeze: []string{"p"}, AfterFreeze: []string{"p"},
+		BeforeReady: []string{"p"}, BeforeStop: []string{"p"}, HookTimeout: time.Second,
+		Files:           map[string]string{"/a": "p", "/b": "p"},
 		FirstStartNeeds: []string{"not merged"},
 	}
 	set := config.Database{
 		Image: "c", DataPath: "/c", Ports: []config.Port{{Container: 2, Host: 3}}, Env: map[string]string{"A": "c"},
 		Entrypoint: []string{"c"}, Command: []string{"c"}, User: "c", ShmSize: 2, Probe: []string{"c"},
 		StopSignal: "SIGTERM", StopTimeout: time.Minute, BeforeFreeze: []string{"c"}, AfterFreeze: []string{"c"},
+		BeforeReady: []string{"c"}, BeforeStop: []string{"c"}, HookTimeout: time.Minute, Files: map[string]string{"/a": "c"},
 	}
 	got := p.Merge(set)
 	want := set
 	want.Env = map[string]string{"A": "c", "B": "p"}
+	want.Files = map[string]string{"/a": "c", "/b": "p"}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("merged\n got %+v\nwant %+v", got, want)
 	}
@@ -118,7 +122,7 @@ func TestResolve(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct{ name, db, err, hint, warning string }{
-		{name: "unknown engine", db: "{engine: oracle}", err: "c.yaml:3: database.engine: is not a known engine", hint: "known: generic, postgres"},
+		{name: "unknown engine", db: "{engine: oracle}", err: "c.yaml:3: database.engine: is not a known engine", hint: "known: generic,"},
 		{name: "generic image", db: "{engine: generic}", err: "c.yaml:3: database.image: is required"},
 		{name: "generic data path", db: "{engine: generic, image: x}", err: "database.data_path: is required"},
 		{name: "generic ports", db: "{engine: generic, image: x, data_path: /d}", err: "database.ports: must name"},

@@ -95,6 +95,13 @@ func (d *database) adopt(ctx context.Context, term uint64, deadline boottime.Ins
 	}
 	if err := d.probe(ctx); err != nil {
 		d.log.Warn("adopted database does not answer yet", "error", err)
+		if len(d.set.Database.BeforeReady) > 0 {
+			return err // it is admitted like one that starts
+		}
+	}
+	// The agent of before may have ended before this was done.
+	if err := d.prime(ctx); err != nil {
+		return err
 	}
 	d.serve(true)
 	return d.open(ctx, deadline)

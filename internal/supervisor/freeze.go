@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"dbsupervisor/internal/fence"
@@ -39,35 +38,25 @@ func (f *freezer) Thaw() error {
 	return err
 }
 
-// beforeFreeze runs the engine's own preparation in the container, then keeps others from
-// asking Docker for anything: a probe that is under way is waited for here, where it does
-// not count as time frozen.
-func (d *database) beforeFreeze(ctx context.Context) error {
+// prepare runs the engine's own preparation in the container. Probes go on meanwhile.
+func (d *database) prepare(ctx context.Context) error {
+	return d.hook(ctx, "before_freeze", d.set.Database.BeforeFreeze, d.hookTimeout())
+}
+
+// finish undoes it.
+func (d *database) finish(ctx context.Context) error {
+	return d.hook(ctx, "after_freeze", d.set.Database.AfterFreeze, d.hookTimeout())
+}
+
+// beforeFreeze keeps others from asking Docker for anything: a probe that is under way is
+// waited for here, where it does not count as time frozen.
+func (d *database) beforeFreeze(context.Context) error {
 	d.use.Lock()
-	if err := d.hook(ctx, "before_freeze", d.set.Database.BeforeFreeze); err != nil {
-		d.use.Unlock()
-		return err
-	}
 	return nil
 }
 
 // afterFreeze undoes it.
-func (d *database) afterFreeze(ctx context.Context) error {
-	defer d.use.Unlock()
-	return d.hook(ctx, "after_freeze", d.set.Database.AfterFreeze)
-}
-
-// hook runs a command in the container. d.use is held.
-func (d *database) hook(ctx context.Context, name string, cmd []string) error {
-	if len(cmd) == 0 {
-		return nil
-	}
-	res, err := d.cfg.Docker.Exec(ctx, d.state().id, cmd)
-	if err != nil {
-		return fmt.Errorf("run %s: %w", name, err)
-	}
-	if res.ExitCode != 0 {
-		return fmt.Errorf("run %s: exit status %d: %s", name, res.ExitCode, strings.TrimSpace(res.Stderr+res.Stdout))
-	}
+func (d *database) afterFreeze(context.Context) error {
+	d.use.Unlock()
 	return nil
 }

@@ -98,6 +98,9 @@ func (s *Supervisor) capture(ctx context.Context, stopped bool) (api.SyncResult,
 	}
 	if !stopped {
 		req.Freezer, req.BeforeFreeze, req.AfterFreeze = fr, s.db.beforeFreeze, s.db.afterFreeze
+		if len(s.set.Database.BeforeFreeze)+len(s.set.Database.AfterFreeze) > 0 {
+			req.Prepare, req.Finish = s.db.prepare, s.db.finish
+		}
 	}
 	alarm := s.volume.Tracking().Alarm
 	c, err := s.volume.Capture(ctx, req)

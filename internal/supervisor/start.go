@@ -106,6 +106,9 @@ func (d *database) admit(ctx context.Context, r startRequest) error {
 	if err := d.waitReady(ctx, r); err != nil {
 		return err
 	}
+	if err := d.prime(ctx); err != nil {
+		return err
+	}
 	d.serve(true)
 	if deadline, ok = r.Deadline(); !ok {
 		return errTermOver

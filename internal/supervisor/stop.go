@@ -20,6 +20,10 @@ func (d *database) stop(ctx context.Context) error {
 	}
 	d.setExpected(true)
 	if st.running {
+		if err := d.quiesce(ctx); err != nil {
+			d.setExpected(false)
+			return fmt.Errorf("stop database: %w", err)
+		}
 		if err := d.cfg.Docker.Stop(ctx, st.id, d.set.Database.StopTimeout); err != nil {
 			d.setExpected(false)
 			return fmt.Errorf("stop database: %w", err)

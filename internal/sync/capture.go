@@ -15,6 +15,10 @@ type CaptureRequest struct {
 	// BeforeFreeze and AfterFreeze may be nil. AfterFreeze is called after the thaw
 	// whenever BeforeFreeze succeeded, whatever happened in between.
 	BeforeFreeze, AfterFreeze func(ctx context.Context) error
+	// Prepare and Finish may be nil. Prepare is called once most of the volume has been read;
+	// what it writes is read before the freeze. Finish is called last, whenever Prepare
+	// succeeded.
+	Prepare, Finish func(ctx context.Context) error
 	// Pids are the database's processes, as this machine numbers them: their shared
 	// mappings are looked at, and symbolic links as they see them. May be nil.
 	Pids     func() []int

@@ -37,7 +37,9 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 	} else {
 		err = p.precopy(ctx)
 		if err == nil {
-			err = p.withHooks(ctx, func() error { return p.frozen(ctx, c) })
+			err = p.prepared(ctx, func() error {
+				return bracket(ctx, "the freeze", p.req.BeforeFreeze, p.req.AfterFreeze, func() error { return p.frozen(ctx, c) })
+			})
 		}
 	}
 	if p.reader != nil {
@@ -95,17 +97,32 @@ func (p *pass) count(c *Capture) {
 	p.stats.ChangedBytes = int64(c.Blocks.Blocks()) * BlockSize
 }
 
-func (p *pass) withHooks(ctx context.Context, f func() error) error {
-	if p.req.BeforeFreeze != nil {
-		if err := p.req.BeforeFreeze(ctx); err != nil {
-			return fmt.Errorf("before the freeze: %w", err)
+// prepared lets the engine get ready, reads what that wrote and goes on.
+func (p *pass) prepared(ctx context.Context, f func() error) error {
+	if p.req.Prepare == nil {
+		return f()
+	}
+	return bracket(ctx, "the last look", p.req.Prepare, p.req.Finish, func() error {
+		if err := p.precopy(ctx); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+// bracket calls f between the two, each of which may be nil. after is called whenever before
+// succeeded.
+func bracket(ctx context.Context, what string, before, after func(context.Context) error, f func() error) error {
+	if before != nil {
+		if err := before(ctx); err != nil {
+			return fmt.Errorf("before %s: %w", what, err)
 		}
 	}
 	err := f()
-	if p.req.AfterFreeze != nil {
+	if after != nil {
 		// Also when ctx has ended: what was begun in the database must be ended.
-		if aerr := p.req.AfterFreeze(context.WithoutCancel(ctx)); aerr != nil {
-			return errors.Join(err, fmt.Errorf("after the freeze: %w", aerr))
+		if aerr := after(context.WithoutCancel(ctx)); aerr != nil {
+			return errors.Join(err, fmt.Errorf("after %s: %w", what, aerr))
 		}
 	}
 	return err

@@ -31,7 +31,10 @@ import (
 type Options struct {
 	Root     string        // a directory of the cluster's own; required
 	Binary   string        // the program; required
-	Image    string        // PostgreSQL image; default dbsupervisor/postgres:15
+	Image    string        // of the database; default dbsupervisor/postgres:15
+	Engine   string        // profile; default postgres
+	Port     int           // the database's own; default 5432
+	Env      string        // lines of env_file, with %s for the password; default PostgreSQL's
 	TTL      time.Duration // default 10s
 	Renew    time.Duration // default 2s
 	Margin   time.Duration // default 2s
@@ -97,6 +100,10 @@ func New(o Options) (*Cluster, error) {
 	def(&o.Margin, 2*time.Second)
 	def(&o.Grace, time.Hour)
 	def(&o.KeepAll, time.Hour)
+	if o.Engine == "" {
+		o.Engine, o.Port, o.Env = "postgres", 5432, "POSTGRES_PASSWORD=%s"
+		o.Database = "  command: [postgres, -c, fsync=on, -c, shared_buffers=128MB]\n" + o.Database
+	}
 	if o.Image == "" {
 		o.Image = "dbsupervisor/postgres:15"
 	}
@@ -146,7 +153,7 @@ func (c *Cluster) Add(share string) (*Instance, error) {
 func (i *Instance) WriteConfig(schedule string) error {
 	c := i.c
 	env := filepath.Join(c.Root, "database.env")
-	if err := os.WriteFile(env, []byte("POSTGRES_PASSWORD="+c.Password+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(env, []byte(strings.ReplaceAll(c.Env, "%s", c.Password)+"\n"), 0o600); err != nil {
 		return err
 	}
 	text := fmt.Sprintf(`cluster: %s
@@ -170,17 +177,16 @@ retention:
 http:
   listen: 127.0.0.1:%d
 database:
-  engine: postgres
+  engine: %s
   image: %s
   env_file: %s
   probe_interval: 500ms
-  command: [postgres, -c, fsync=on, -c, shared_buffers=128MB]
   ports:
-    - container: 5432
+    - container: %d
       host: %d
       address: 127.0.0.1
 %s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule, c.MinFree,
-		c.KeepAll, c.Grace, i.HTTP, c.Image, env, i.Port, c.Database, c.Extra)
+		c.KeepAll, c.Grace, i.HTTP, c.Engine, c.Image, env, c.Options.Port, i.Port, c.Database, c.Extra)
 	if c.Replica != "" {
 		text += fmt.Sprintf("\nreplica:\n  ports:\n    - host: %d\n%s\n", i.ReadPort, c.Replica)
 	}
