@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,6 +27,8 @@ const (
 	OpCreate  Op = "create"  // exclusive creation
 	OpMkdir   Op = "mkdir"   //
 	OpLink    Op = "link"    // link(2), the exclusive creation of a complete file
+	OpSymlink Op = "symlink" // symlink(2), the exclusive creation of a short text in one step
+	OpFollow  Op = "follow"  // readlink(2)
 	OpRename  Op = "rename"  // only inside the instance's own directory, never on the share
 	OpRemove  Op = "remove"  //
 	OpReadDir Op = "readdir" //
@@ -61,13 +62,19 @@ type FS interface {
 	Mkdir(path string) error    // mode 0700; the parent must exist
 	MkdirAll(path string) error // mode 0700
 	Link(oldPath, newPath string) error
+	// Symlink makes a symbolic link with this target, of which nothing is expected.
+	Symlink(target, path string) error
+	Readlink(path string) (string, error)
 	Rename(oldPath, newPath string) error
 	Remove(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
 	Stat(path string) (fs.FileInfo, error)
 	// Identify asks for a file's identity past every cache of attributes: on a network file
-	// system the server answers. The name is looked up like any other. It labels as OpStat.
+	// system the server answers. The name is looked up like any other, and a symbolic link is
+	// not followed. It labels as OpStat.
 	Identify(path string) (Identity, error)
+	// Glance is Identify as the caches have it: it asks the server no more than a look-up does.
+	Glance(path string) (Identity, error)
 	// SyncDir makes the directory's entries durable.
 	SyncDir(path string) error
 	// At is a labelled point for steps that bypass this interface (raw system calls on
@@ -78,27 +85,10 @@ type FS interface {
 // Identity tells one state of a file from every other: two that are equal, seen one after the
 // other under one name, are the same file with the same names and the same bytes.
 type Identity struct {
-	Content
-	Links uint32
-	Ctime int64 // nanoseconds
-}
-
-// Content tells a file that is written once from every other one: it stays the same for life,
-// whatever happens to the file's names.
-type Content struct {
-	Dev, Inode uint64
-	Size       int64
-	Mtime      int64 // nanoseconds
-}
-
-// ContentOf takes the content's identity from what Stat of an open file says; the zero Content
-// if that is not known.
-func ContentOf(i fs.FileInfo) Content {
-	st, ok := i.Sys().(*syscall.Stat_t)
-	if !ok {
-		return Content{}
-	}
-	return Content{Dev: st.Dev, Inode: st.Ino, Size: st.Size, Mtime: st.Mtim.Nano()}
+	Dev, Inode   uint64
+	Size         int64
+	Links        uint32
+	Mtime, Ctime int64 // nanoseconds
 }
 
 // OS is the real file system.
@@ -135,11 +125,22 @@ func (OS) ReadDir(path string) ([]fs.DirEntry, error) { return os.ReadDir(path) 
 // Stat implements FS (it follows symbolic links).
 func (OS) Stat(path string) (fs.FileInfo, error) { return os.Stat(path) }
 
+// Symlink implements FS.
+func (OS) Symlink(target, path string) error { return os.Symlink(target, path) }
+
+// Readlink implements FS.
+func (OS) Readlink(path string) (string, error) { return os.Readlink(path) }
+
 // Identify implements FS.
-func (OS) Identify(path string) (Identity, error) {
+func (OS) Identify(path string) (Identity, error) { return identify(path, unix.AT_STATX_FORCE_SYNC) }
+
+// Glance implements FS.
+func (OS) Glance(path string) (Identity, error) { return identify(path, unix.AT_STATX_SYNC_AS_STAT) }
+
+func identify(path string, flags int) (Identity, error) {
 	var st unix.Statx_t
 	for {
-		err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &st)
+		err := unix.Statx(unix.AT_FDCWD, path, flags|unix.AT_SYMLINK_NOFOLLOW, unix.STATX_BASIC_STATS, &st)
 		if err == nil {
 			break
 		}
@@ -149,8 +150,8 @@ func (OS) Identify(path string) (Identity, error) {
 	}
 	ns := func(t unix.StatxTimestamp) int64 { return t.Sec*1e9 + int64(t.Nsec) }
 	return Identity{
-		Content: Content{Dev: unix.Mkdev(st.Dev_major, st.Dev_minor), Inode: st.Ino, Size: int64(st.Size), Mtime: ns(st.Mtime)},
-		Links:   st.Nlink, Ctime: ns(st.Ctime),
+		Dev: unix.Mkdev(st.Dev_major, st.Dev_minor), Inode: st.Ino, Size: int64(st.Size), Links: st.Nlink,
+		Mtime: ns(st.Mtime), Ctime: ns(st.Ctime),
 	}, nil
 }
 

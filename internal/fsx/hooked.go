@@ -69,6 +69,17 @@ func (h *Hooked) Link(o, n string) error {
 	return h.do(OpLink, n, func() error { return h.FS.Link(o, n) })
 }
 
+// Symlink implements FS; hooks see the new name.
+func (h *Hooked) Symlink(target, p string) error {
+	return h.do(OpSymlink, p, func() error { return h.FS.Symlink(target, p) })
+}
+
+// Readlink implements FS.
+func (h *Hooked) Readlink(p string) (target string, err error) {
+	err = h.do(OpFollow, p, func() (e error) { target, e = h.FS.Readlink(p); return })
+	return target, err
+}
+
 // Rename implements FS; hooks see the new name.
 func (h *Hooked) Rename(o, n string) error {
 	return h.do(OpRename, n, func() error { return h.FS.Rename(o, n) })
@@ -94,6 +105,12 @@ func (h *Hooked) Stat(p string) (i fs.FileInfo, err error) {
 // Identify implements FS.
 func (h *Hooked) Identify(p string) (id Identity, err error) {
 	err = h.do(OpStat, p, func() (e error) { id, e = h.FS.Identify(p); return })
+	return id, err
+}
+
+// Glance implements FS.
+func (h *Hooked) Glance(p string) (id Identity, err error) {
+	err = h.do(OpStat, p, func() (e error) { id, e = h.FS.Glance(p); return })
 	return id, err
 }
 

@@ -16,8 +16,9 @@ import (
 	"dbsupervisor/internal/fsx"
 )
 
-// clusterFormat is the version of the encoding of the file `cluster`.
-const clusterFormat = 1
+// clusterFormat is the version of the encoding of the file `cluster`, and of what it names. In
+// format 1 records were files; in 2 they are symbolic links.
+const clusterFormat = 2
 
 // clusterInfo is the file `cluster`: created exclusively, never changed, never removed.
 //
@@ -172,11 +173,11 @@ func (r *FileRegister) checkVirgin(rescue bool) error {
 // create runs in a worker. Errors before the link of `cluster` leave an unused register
 // directory at most.
 func (r *FileRegister) create(ctx context.Context, info clusterInfo, first Record, rescue bool, off *offer) error {
-	data, err := encodeRecord(first)
+	target, err := encodeRecord(first)
 	if err != nil {
 		return err
 	}
-	if _, err := decodeRecord(data); err != nil {
+	if _, err := decodeRecord(target); err != nil {
 		return err
 	}
 	parent := filepath.Join(r.share, registerDir)
@@ -189,16 +190,12 @@ func (r *FileRegister) create(ctx context.Context, info clusterInfo, first Recor
 	if err := r.fs.SyncDir(parent); err != nil {
 		return err
 	}
-	// The directory's name is random and ours alone, so this can't meet another record 1.
-	// Link all the same: it shows now whether the file system can do it.
-	tmp := filepath.Join(r.dir, tempName(1, first.Nonce))
-	if _, err := r.writeTemp(tmp, data); err != nil {
-		return err
-	}
-	if err := r.fs.Link(tmp, r.path(1)); err != nil {
+	if err := r.tryLink(); err != nil {
 		return fmt.Errorf("this file system can't hold a register: %w", err)
 	}
-	if err := r.fs.Remove(tmp); err != nil {
+	// The directory's name is random and ours alone, so this can't meet another record 1. It is
+	// answered before anybody learns of the directory: record 1 is never made once more.
+	if err := r.fs.Symlink(target, r.path(1)); err != nil {
 		return err
 	}
 	if err := r.fs.SyncDir(r.dir); err != nil {
@@ -210,6 +207,20 @@ func (r *FileRegister) create(ctx context.Context, info clusterInfo, first Recor
 		}
 	}
 	return r.linkCluster(ctx, info, off)
+}
+
+// tryLink finds out now, and not at some later record, whether the file system keeps symbolic
+// links that are as long as a record.
+func (r *FileRegister) tryLink() error {
+	long, name := strings.Repeat("x", goodTarget), filepath.Join(r.dir, ".try")
+	if err := r.fs.Symlink(long, name); err != nil {
+		return err
+	}
+	got, err := r.fs.Readlink(name)
+	if err == nil && got != long {
+		err = fmt.Errorf("a symbolic link of %d bytes came back as %d", len(long), len(got))
+	}
+	return errors.Join(err, r.fs.Remove(name))
 }
 
 func (r *FileRegister) linkCluster(ctx context.Context, info clusterInfo, off *offer) (err error) {
@@ -299,6 +310,9 @@ func (r *FileRegister) readCluster() (clusterInfo, error) {
 	var info clusterInfo
 	if err := json.Unmarshal(b, &info); err != nil {
 		return clusterInfo{}, fmt.Errorf("decode %s: %w: %w", name, ErrCorrupt, err)
+	}
+	if info.Format < clusterFormat && info.Format > 0 {
+		return clusterInfo{}, fmt.Errorf("decode %s: format %d is that of an earlier program, which kept its records otherwise (stop all agents, then rebuild the register from the snapshots: dbsupervisor rescue): %w", name, info.Format, ErrCorrupt)
 	}
 	if info.Format != clusterFormat {
 		return clusterInfo{}, fmt.Errorf("decode %s: format %d, this program knows %d (upgrade it): %w", name, info.Format, clusterFormat, ErrCorrupt)

@@ -105,6 +105,22 @@ func TestInitRefuses(t *testing.T) {
 	}
 }
 
+// shortLinks is a file system that cuts long symbolic links off.
+type shortLinks struct{ quickFS }
+
+func (s shortLinks) Symlink(target, path string) error {
+	return s.quickFS.Symlink(target[:min(len(target), 500)], path)
+}
+
+// A file system that can't keep every record is refused at once, not at some later record.
+func TestInitTriesALongLink(t *testing.T) {
+	cfg := lease.FileConfig{FS: shortLinks{}, Share: t.TempDir(), Rand: rand.Reader}
+	_, err := lease.InitFile(testContext(t), cfg, lease.Record{TTL: 1})
+	if err == nil || !strings.Contains(err.Error(), "symbolic link") {
+		t.Errorf("initialised: %v", err)
+	}
+}
+
 // Initialising is remembered off the share, so that a lost mount can't lead to a second one.
 func TestInitIsRemembered(t *testing.T) {
 	cfg := lease.FileConfig{FS: quickFS{}, Share: t.TempDir(), Rand: rand.Reader, SeenFile: filepath.Join(t.TempDir(), "seen.json")}
@@ -261,7 +277,8 @@ func TestOpenRefuses(t *testing.T) {
 		err      error
 	}{
 		{`"file"`, `"dynamodb"`, lease.ErrWrongCluster},
-		{`"format": 1`, `"format": 2`, lease.ErrCorrupt},
+		{`"format": 2`, `"format": 1`, lease.ErrCorrupt},
+		{`"format": 2`, `"format": 3`, lease.ErrCorrupt},
 		{`"register/`, `"../register/`, lease.ErrCorrupt},
 		{`"register/`, `"register/../`, lease.ErrCorrupt},
 		{`{`, ``, lease.ErrCorrupt},

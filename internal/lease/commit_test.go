@@ -16,13 +16,13 @@ func TestAcquireSettlesUnknownOutcome(t *testing.T) {
 	// The reply is lost, and so is the look that would have shown it.
 	lost := false
 	a.share.set(func(op fsx.Op, _ string) error {
-		if lost && op == fsx.OpOpen {
+		if lost && op == fsx.OpFollow {
 			lost = false
 			return syscall.EIO
 		}
 		return nil
 	}, func(op fsx.Op, _ string, err error) error {
-		if op == fsx.OpLink {
+		if op == fsx.OpSymlink {
 			lost = true
 			return syscall.EIO
 		}
@@ -135,20 +135,20 @@ func TestCommitOfUnknownOutcome(t *testing.T) {
 			h := headOf(1, 1)
 			blind := false // the look after the link fails, so that it can't settle
 			a.share.set(func(op fsx.Op, _ string) error {
-				if blind && op == fsx.OpOpen {
+				if blind && op == fsx.OpStat {
 					a.share.set(nil, nil)
 					if c.meddle {
 						must(t, b.SetPaused(testContext(t), true))
 					}
 					return syscall.EIO
 				}
-				if op == fsx.OpLink && !c.effect {
+				if op == fsx.OpSymlink && !c.effect {
 					blind = true
 					return syscall.EIO
 				}
 				return nil
 			}, func(op fsx.Op, _ string, err error) error {
-				if op == fsx.OpLink && c.effect {
+				if op == fsx.OpSymlink && c.effect {
 					blind = true
 					return syscall.EIO
 				}
@@ -199,7 +199,7 @@ func TestAcquireOffersAgain(t *testing.T) {
 	a.refresh(t)
 	fails := 2
 	a.share.set(func(op fsx.Op, _ string) error {
-		if op == fsx.OpLink && fails > 0 {
+		if op == fsx.OpSymlink && fails > 0 {
 			fails--
 			return syscall.EIO // without effect
 		}
@@ -214,7 +214,7 @@ func TestAcquireOffersAgain(t *testing.T) {
 	b := newNode(t, newShare(t, quickFS{}), "b")
 	b.refresh(t)
 	b.share.set(func(op fsx.Op, _ string) error {
-		if op == fsx.OpLink {
+		if op == fsx.OpSymlink {
 			return syscall.EIO
 		}
 		return nil

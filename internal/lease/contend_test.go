@@ -64,13 +64,13 @@ func contend(config string, in io.Reader, out io.Writer) (err error) {
 	share := newFaultFS(quickFS{})
 	if c.Faulty {
 		share.set(func(op fsx.Op, _ string) error {
-			if op == fsx.OpLink && mrand.IntN(2) == 0 {
+			if op == fsx.OpSymlink && mrand.IntN(2) == 0 {
 				return syscall.EIO
 			}
 			return nil
 		}, func(op fsx.Op, _ string, err error) error {
 			switch {
-			case op != fsx.OpLink || err != nil:
+			case op != fsx.OpSymlink || err != nil:
 			case mrand.IntN(5) == 0:
 				return syscall.EIO
 			case mrand.IntN(5) == 0:

@@ -2,7 +2,6 @@ package lease
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,8 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -23,8 +22,8 @@ const (
 	registerDir   = "register"
 	backendFile   = "file"
 	keepRecords   = 64      // the newest records that Prune leaves
-	maxRecordSize = 1 << 20 // bytes; a larger record is damage
-	maxLoadTries  = 8       // a record can vanish between the listing and the opening
+	maxRecordSize = 1 << 20 // bytes; a larger file is damage
+	maxLoadTries  = 64      // a directory can change while it is listed
 )
 
 // FileConfig describes a register in a shared directory.
@@ -43,8 +42,8 @@ type FileConfig struct {
 }
 
 // FileRegister is the Register that needs nothing but a shared directory: record n is the
-// file register/<id>/<n>, and a compare-and-swap is the exclusive creation of the next
-// number with link(2). Safe for concurrent use; nothing to close.
+// symbolic link register/<id>/<n>, whose target is the record, and a compare-and-swap is the
+// exclusive creation of the next number. Safe for concurrent use; nothing to close.
 type FileRegister struct {
 	fs      fsx.FS
 	share   string
@@ -57,9 +56,7 @@ type FileRegister struct {
 	mu      sync.Mutex
 	cluster fsx.Identity // of the file `cluster` when it was last read and found to be ours
 	known   Record       // the newest record that is certainly a true one; Version 0: none
-	file    fsx.Content  // ... the file that it was read from or written to
-	made    bool         // ... it was made by this handle
-	spent   []string     // temporary names of swaps that counted, for Prune to remove
+	file    fsx.Identity // ... the file that holds it
 }
 
 var _ Register = (*FileRegister)(nil)
@@ -133,58 +130,91 @@ func (r *FileRegister) load(ctx context.Context) (Record, error) {
 	if err := r.checkCluster(); err != nil {
 		return Record{}, err
 	}
-	var last error
+	rec, _, err := r.newest(ctx)
+	return rec, err
+}
+
+// newest returns the record with the highest number in a fresh listing, and the file that has it.
+//
+// A listing takes time. One that lasts while more records are made than are kept could show, as
+// its highest, a number that was freed and taken again: by a sleeper's stray, or by a request
+// that was executed a second time. So a listing is believed only if nothing that it should have
+// shown can have been removed before it ended: the record that was known before is still the same
+// file (records are removed in ascending order), or, where none is known or it is gone, nothing
+// at all has changed in the directory (docs/MODEL.md, NO_LOAD_ANCHOR).
+func (r *FileRegister) newest(ctx context.Context) (Record, fsx.Identity, error) {
+	known, file := r.knownRecord()
+	last := fmt.Errorf("the directory %s changes faster than it can be listed", r.dir)
 	for range maxLoadTries {
 		if err := ctx.Err(); err != nil {
-			return Record{}, err
+			return Record{}, fsx.Identity{}, err
 		}
-		versions, _, err := r.list()
-		if err != nil {
-			return Record{}, err
-		}
-		newest := versions[len(versions)-1]
-		if rec, file := r.knownRecord(); rec.Version == newest {
-			// It was looked at when its number was new, and is still the same file.
-			if id, err := r.fs.Identify(r.path(newest)); err == nil && id.Content == file {
-				return rec, nil
+		var before fsx.Identity
+		if known.Version == 0 {
+			var err error
+			if before, err = r.fs.Identify(r.dir); err != nil {
+				return Record{}, fsx.Identity{}, err
 			}
 		}
-		rec, file, err := r.readFile(newest)
-		if err == nil && newest > 1 {
-			// A listing takes time. Had it missed more records than are kept, what it shows
-			// as the newest would be a stray one, whose predecessor is gone
-			// (docs/MODEL.md, NO_LOAD_PRED).
-			_, err = r.fs.Stat(r.path(newest - 1))
+		versions, err := r.list()
+		if err != nil {
+			return Record{}, fsx.Identity{}, err
 		}
-		if err == nil {
-			r.learn(rec, file, false)
-			return rec.Clone(), nil
+		newest := versions[len(versions)-1]
+		if newest == known.Version {
+			if r.is(newest, file) {
+				return known, file, nil
+			}
+			known = Record{}
+			continue
 		}
-		// We slept between listing and opening, and the record was pruned meanwhile:
-		// never walk up from it, list again.
-		if !errors.Is(err, fs.ErrNotExist) {
-			return Record{}, err
+		rec, id, err := r.readRecord(newest)
+		if errors.Is(err, fs.ErrNotExist) {
+			// We slept between listing and reading, and the record was pruned meanwhile:
+			// never walk up from it, list again.
+			last = err
+			continue
 		}
-		last = err
+		if err != nil {
+			return Record{}, fsx.Identity{}, err
+		}
+		if known.Version == 0 {
+			after, err := r.fs.Identify(r.dir)
+			if err != nil {
+				return Record{}, fsx.Identity{}, err
+			}
+			if after != before {
+				continue
+			}
+		} else if newest < known.Version || !r.is(known.Version, file) {
+			known = Record{}
+			continue
+		}
+		r.learn(rec, id)
+		return rec, id, nil
 	}
-	return Record{}, last
+	return Record{}, fsx.Identity{}, last
+}
+
+// is says whether a record's name has this very file. The directory was opened just before, so a
+// name that it knows is one that was there then, or is looked up now.
+func (r *FileRegister) is(version uint64, file fsx.Identity) bool {
+	id, err := r.fs.Glance(r.path(version))
+	return err == nil && id == file
 }
 
 // knownRecord is the newest record that is certainly a true one, and the file that holds it.
-func (r *FileRegister) knownRecord() (Record, fsx.Content) {
+func (r *FileRegister) knownRecord() (Record, fsx.Identity) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.known.Clone(), r.file
 }
 
-// learn keeps a record that was loaded or (made) swapped in.
-func (r *FileRegister) learn(rec Record, file fsx.Content, made bool) {
+// learn keeps a record that was loaded or swapped in.
+func (r *FileRegister) learn(rec Record, file fsx.Identity) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.made = made
-	if file != (fsx.Content{}) {
-		r.known, r.file = rec.Clone(), file
-	}
+	r.known, r.file = rec.Clone(), file
 }
 
 // Record returns one record by its version: fs.ErrNotExist if it is gone or not there yet.
@@ -193,26 +223,25 @@ func (r *FileRegister) Record(ctx context.Context, version uint64) (Record, erro
 	return inBackground(ctx, r.workers, func() (Record, error) { return r.read(version) })
 }
 
-// list returns the versions in the register's directory, ascending and never empty, and the
-// names of temporary files. Opening the directory anew makes an NFS client ask the server
-// whether it changed, which a look-up of a single name may not.
-func (r *FileRegister) list() (versions []uint64, temps []string, err error) {
+// list returns the versions in the register's directory, ascending and never empty. Opening the
+// directory anew makes an NFS client ask the server whether it changed, which a look-up of a
+// single name may not.
+func (r *FileRegister) list() ([]uint64, error) {
 	entries, err := r.fs.ReadDir(r.dir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("list records: %w", err)
+		return nil, fmt.Errorf("list records: %w", err)
 	}
+	var versions []uint64
 	for _, e := range entries {
 		if v, ok := parseVersion(e.Name()); ok {
 			versions = append(versions, v)
-		} else if _, ok := tempVersion(e.Name()); ok {
-			temps = append(temps, e.Name())
 		}
 	}
 	if len(versions) == 0 {
-		return nil, nil, fmt.Errorf("list records: %s holds none: %w", r.dir, ErrCorrupt)
+		return nil, fmt.Errorf("list records: %s holds none: %w", r.dir, ErrCorrupt)
 	}
 	slices.Sort(versions)
-	return versions, temps, nil
+	return versions, nil
 }
 
 func (r *FileRegister) path(version uint64) string {
@@ -220,29 +249,28 @@ func (r *FileRegister) path(version uint64) string {
 }
 
 func (r *FileRegister) read(version uint64) (Record, error) {
-	rec, _, err := r.readFile(version)
+	rec, _, err := r.readRecord(version)
 	return rec, err
 }
 
-// readFile also says which file it was.
-func (r *FileRegister) readFile(version uint64) (Record, fsx.Content, error) {
-	fail := func(err error) (Record, fsx.Content, error) {
-		return Record{}, fsx.Content{}, fmt.Errorf("read record %d: %w", version, err)
+// readRecord also says which file it was. What that file's name had before the target was read
+// is meant: if it is another one by then, the file is not found again.
+func (r *FileRegister) readRecord(version uint64) (Record, fsx.Identity, error) {
+	fail := func(err error) (Record, fsx.Identity, error) {
+		return Record{}, fsx.Identity{}, fmt.Errorf("read record %d: %w", version, err)
 	}
-	f, err := r.fs.Open(r.path(version))
+	id, err := r.fs.Glance(r.path(version))
 	if err != nil {
 		return fail(err)
 	}
-	defer f.Close()
-	st, err := f.Stat()
+	target, err := r.fs.Readlink(r.path(version))
+	if errors.Is(err, syscall.EINVAL) {
+		return fail(fmt.Errorf("%s is no symbolic link: %w", r.path(version), ErrCorrupt))
+	}
 	if err != nil {
 		return fail(err)
 	}
-	b, err := fsx.ReadAll(f, maxRecordSize)
-	if err != nil {
-		return fail(err)
-	}
-	rec, err := decodeRecord(b)
+	rec, err := decodeRecord(target)
 	if err != nil {
 		return fail(err)
 	}
@@ -252,53 +280,7 @@ func (r *FileRegister) readFile(version uint64) (Record, fsx.Content, error) {
 	if rec.ClusterID != r.id.ClusterID {
 		return fail(fmt.Errorf("it has cluster id %s: %w", rec.ClusterID, ErrWrongCluster))
 	}
-	return rec, fsx.ContentOf(st), nil
-}
-
-func encodeRecord(rec Record) ([]byte, error) {
-	b, err := json.MarshalIndent(rec, "", " ")
-	if err != nil {
-		return nil, fmt.Errorf("encode record: %w", err)
-	}
-	b = append(b, '\n')
-	if len(b) > maxRecordSize {
-		return nil, fmt.Errorf("encode record: larger than %d bytes", maxRecordSize)
-	}
-	return b, nil
-}
-
-// decodeRecord is strict: a compare-and-swap writes the whole record anew, so a field that
-// this program does not know would be lost.
-func decodeRecord(b []byte) (Record, error) {
-	var head struct {
-		Format int `json:"format"`
-	}
-	if err := json.Unmarshal(b, &head); err != nil {
-		return Record{}, fmt.Errorf("decode record: %w: %w", ErrCorrupt, err)
-	}
-	if head.Format != RecordFormat {
-		return Record{}, fmt.Errorf("decode record: format %d, this program knows %d (upgrade it): %w", head.Format, RecordFormat, ErrCorrupt)
-	}
-	var rec Record
-	if err := unmarshalStrict(b, &rec); err != nil {
-		return Record{}, fmt.Errorf("decode record: %w: %w", ErrCorrupt, err)
-	}
-	if rec.Version == 0 || rec.Nonce == "" || rec.ClusterID == "" || rec.TTL <= 0 {
-		return Record{}, fmt.Errorf("decode record: version, nonce, cluster id or ttl is missing: %w", ErrCorrupt)
-	}
-	return rec, nil
-}
-
-func unmarshalStrict(b []byte, v any) error {
-	d := json.NewDecoder(strings.NewReader(string(b)))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if d.More() {
-		return errors.New("data after the end")
-	}
-	return nil
+	return rec, id, nil
 }
 
 // parseVersion accepts exactly what path writes: decimal, positive, without leading zeros.
@@ -308,22 +290,6 @@ func parseVersion(name string) (uint64, bool) {
 		return 0, false
 	}
 	return v, true
-}
-
-// A temporary file's name tells the version that it was meant for, so that the holder can
-// remove what crashed writers left without asking any clock.
-func tempName(version uint64, nonce string) string { return fmt.Sprintf(".%d-%s.tmp", version, nonce) }
-
-func tempVersion(name string) (uint64, bool) {
-	rest, ok := strings.CutPrefix(name, ".")
-	if !ok || !strings.HasSuffix(rest, ".tmp") {
-		return 0, false
-	}
-	num, _, ok := strings.Cut(rest, "-")
-	if !ok {
-		return 0, false
-	}
-	return parseVersion(num)
 }
 
 // idSource hands out random names; the reader below need not be safe for concurrent use.

@@ -94,15 +94,15 @@ func once(op fsx.Op, instead error) fsx.After {
 }
 
 // LoseReply implements leasetest.Faults.
-func (f *faultFS) LoseReply() { f.set(nil, once(fsx.OpLink, syscall.EIO)) }
+func (f *faultFS) LoseReply() { f.set(nil, once(fsx.OpSymlink, syscall.EIO)) }
 
 // RepeatRequest implements leasetest.Faults.
 func (f *faultFS) RepeatRequest() {
-	f.set(nil, once(fsx.OpLink, &os.LinkError{Op: "link", Err: syscall.EEXIST}))
+	f.set(nil, once(fsx.OpSymlink, &os.LinkError{Op: "link", Err: syscall.EEXIST}))
 }
 
 // Hang implements leasetest.Faults.
-func (f *faultFS) Hang() { f.hang(func(op fsx.Op) bool { return op == fsx.OpLink }) }
+func (f *faultFS) Hang() { f.hang(func(op fsx.Op) bool { return op == fsx.OpSymlink }) }
 
 // HangAll implements leasetest.Faults.
 func (f *faultFS) HangAll() { f.hang(func(fsx.Op) bool { return true }) }

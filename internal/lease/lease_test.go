@@ -117,7 +117,7 @@ func TestUnknownAcquireNeverUsesARereadVersion(t *testing.T) {
 	b.refresh(t)
 	b.clock.Advance(ttl)
 	b.share.set(func(op fsx.Op, _ string) error {
-		if op == fsx.OpLink { // refused without effect, which nobody can know, and then:
+		if op == fsx.OpSymlink { // refused without effect, which nobody can know, and then:
 			a.step(t)
 			b.share.set(nil, nil)
 			return syscall.EIO
@@ -163,7 +163,7 @@ func TestDeadlineCountsFromBeforeTheSwap(t *testing.T) {
 	a := newNode(t, newShare(t, quickFS{}), "a")
 	slow := func(d time.Duration) {
 		a.share.set(func(op fsx.Op, _ string) error {
-			if op == fsx.OpLink {
+			if op == fsx.OpSymlink {
 				a.clock.Advance(d)
 			}
 			return nil
@@ -212,7 +212,7 @@ func TestAcquireAnsweredTooLateDoesNotHold(t *testing.T) {
 	a := newNode(t, newShare(t, quickFS{}), "a")
 	a.refresh(t)
 	a.share.set(func(op fsx.Op, _ string) error {
-		if op == fsx.OpLink {
+		if op == fsx.OpSymlink {
 			a.clock.Advance(ttl - margin)
 		}
 		return nil

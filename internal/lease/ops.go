@@ -316,6 +316,12 @@ func (l *Lease) tell(ctx context.Context, edit func(*Record) error, done func(Re
 	if err := l.refused(); err != nil {
 		return err
 	}
+	l.mu.Lock()
+	already := done(l.rec)
+	l.mu.Unlock()
+	if already {
+		return nil // nothing is written that changes nothing
+	}
 	_, err := l.apply(ctx, change{
 		next: func(cur Record) (Record, error) {
 			next := cur.Clone()

@@ -5,15 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"slices"
 )
 
-// Prune removes all records but the newest 64, temporary files as old as those, and those that
-// this handle's own swaps have left. Only
-// the holder calls it. It removes in ascending order and stops at any error but "no such
-// file": that a number is free because it was pruned must imply that its predecessor is
-// gone too, or a reader that slept over it could win it (see CompareAndSwap).
+// Prune removes all records but the newest 64. Only the holder calls it. It removes in ascending
+// order and stops at any error but "no such file": that a number is free because it was pruned
+// must imply that its predecessor is gone too, or a reader that slept over it could win it (see
+// CompareAndSwap).
 func (r *FileRegister) Prune(ctx context.Context) error {
 	_, err := inBackground(ctx, r.workers, func() (struct{}, error) { return struct{}{}, r.prune(ctx) })
 	if err != nil {
@@ -26,10 +24,7 @@ func (r *FileRegister) prune(ctx context.Context) error {
 	if err := r.checkCluster(); err != nil {
 		return err
 	}
-	if err := r.removeSpent(ctx); err != nil {
-		return err
-	}
-	versions, temps, err := r.list()
+	versions, err := r.list()
 	if err != nil {
 		return err
 	}
@@ -38,58 +33,18 @@ func (r *FileRegister) prune(ctx context.Context) error {
 		return nil
 	}
 	oldest := newest - keepRecords + 1 // of those that stay
-	remove := func(name string) error {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := r.fs.Remove(filepath.Join(r.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
-	}
-	// A left-over temporary name keeps its record's inode alive, and an NFS client that has
-	// the record open by handle would still find it there: names first, records after.
-	for _, name := range temps {
-		if v, _ := tempVersion(name); v < oldest {
-			if err := remove(name); err != nil {
-				return err
-			}
-		}
-	}
 	for _, v := range versions {
 		if v >= oldest {
 			break
 		}
-		if err := remove(filepath.Base(r.path(v))); err != nil {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := r.fs.Remove(r.path(v)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
-}
-
-// removeSpent removes the temporary names of swaps that counted. Their links were answered, so
-// nothing that is under way can need them.
-func (r *FileRegister) removeSpent(ctx context.Context) error {
-	for {
-		r.mu.Lock()
-		if len(r.spent) == 0 {
-			r.mu.Unlock()
-			return nil
-		}
-		name := r.spent[0]
-		r.mu.Unlock()
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := r.fs.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		r.mu.Lock()
-		if len(r.spent) > 0 && r.spent[0] == name {
-			r.spent = r.spent[1:]
-		}
-		r.mu.Unlock()
-	}
 }
 
 // History returns the records that are still there, ascending, up to the newest and without
@@ -99,7 +54,7 @@ func (r *FileRegister) History(ctx context.Context) ([]Record, error) {
 		if err := r.checkCluster(); err != nil {
 			return nil, err
 		}
-		versions, _, err := r.list()
+		versions, err := r.list()
 		if err != nil {
 			return nil, err
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -118,16 +119,17 @@ func (w *world) fault(n *actor) string {
 	case 3:
 		d := time.Duration(w.rand.IntN(9000)) * time.Millisecond
 		n.share.set(func(op fsx.Op, _ string) error {
-			if op == fsx.OpLink {
+			if op == fsx.OpSymlink {
 				w.advance(d)
 			}
 			return nil
 		}, nil)
 		return "slow"
 	case 4:
-		left := w.rand.IntN(60)
+		var left atomic.Int32              // a swap that was given up may still be at work
+		left.Store(int32(w.rand.IntN(20))) //nolint:gosec // small
 		n.share.set(func(fsx.Op, string) error {
-			if left--; left == 0 {
+			if left.Add(-1) == 0 {
 				return syscall.EIO
 			}
 			return nil
@@ -135,7 +137,7 @@ func (w *world) fault(n *actor) string {
 		return "one error"
 	case 5:
 		n.share.set(func(op fsx.Op, _ string) error {
-			if op == fsx.OpLink {
+			if op == fsx.OpSymlink {
 				return syscall.EIO
 			}
 			return nil

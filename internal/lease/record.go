@@ -9,7 +9,7 @@ import "time"
 
 // RecordFormat is the version of Record's encoding that this program writes and the newest
 // that it reads. A record of a newer format is refused.
-const RecordFormat = 1
+const RecordFormat = 2
 
 // Record is what the register holds: everything that must change atomically.
 type Record struct {

@@ -89,7 +89,7 @@ func TestReleaseSettlesItself(t *testing.T) {
 	a := newNode(t, share, "a")
 	a.hold(t)
 	a.share.set(func(op fsx.Op, _ string) error {
-		if op == fsx.OpLink {
+		if op == fsx.OpSymlink {
 			a.share.set(nil, nil)
 			return syscall.EIO // without effect
 		}
@@ -127,7 +127,7 @@ func TestRelinquishDuringSwap(t *testing.T) {
 				a.hold(t)
 			}
 			a.share.set(func(op fsx.Op, _ string) error {
-				if op == fsx.OpLink {
+				if op == fsx.OpSymlink {
 					a.Relinquish()
 				}
 				return nil

@@ -97,7 +97,7 @@ func TestShorterTTLAfterRestart(t *testing.T) {
 	a.restart(t)
 	ctx, cancel := context.WithCancel(testContext(t))
 	a.share.set(nil, func(op fsx.Op, _ string, err error) error {
-		if op == fsx.OpLink {
+		if op == fsx.OpSymlink {
 			cancel() // the agent dies here, with the container running until the old deadline
 		}
 		return err

@@ -18,10 +18,8 @@ import (
 
 // What a snapshot may cost the share, whatever the number of files.
 const (
-	shipBudget = 12 // pack and manifest, and one more for each MiB begun
-	// The register's commit is to cost 8. That it costs 14 on a server that does not vouch
-	// for its directories was counted with a real client, too (docs/NFS.md); more it must not.
-	commitBudget = 14
+	shipBudget   = 12 // pack and manifest, and one more for each MiB begun
+	commitBudget = 8  // the register's commit
 )
 
 // TestSnapshotKeepsToItsBudget counts the operations of snapshots in the steady state. They

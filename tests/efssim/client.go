@@ -113,6 +113,8 @@ type cached struct {
 	readers, writers int
 	pages, dirty     spans
 	removed          bool // unlinked while open: a .nfs file until the last close
+
+	target bool // a symbolic link's target is in the page cache
 }
 
 type entry struct {
@@ -255,7 +257,7 @@ func (c *client) learn(id uint64, a *fuse.Attr) {
 	switch {
 	case !n.known || !same(&n.attr, a) && !n.ours():
 		n.version++
-		n.access, n.listed, n.pages = false, false, nil
+		n.access, n.listed, n.pages, n.target = false, false, nil, false
 		n.timeout = low
 	case now-n.checked >= n.timeout:
 		n.timeout = min(2*n.timeout, high)
@@ -534,8 +536,20 @@ func (c *client) made(thread uint32, p Proc, dir uint64, name string, out *fuse.
 	n := c.node(out.NodeId)
 	n.attr, n.known, n.stale, n.checked, n.kernel = out.Attr, true, false, c.now(), 0
 	n.timeout, _ = c.bounds(&out.Attr)
+	n.target = p == ProcSymlink
 	c.named(dir, name, out.NodeId)
 	return w
+}
+
+// readlink asks for a symbolic link's target unless that was made or read here.
+func (c *client) readlink(thread uint32, id uint64) (w wait) {
+	w = c.settle(thread)
+	n := c.node(id)
+	if n.target && c.caches() {
+		return w
+	}
+	n.target = true
+	return w + c.rpc(ProcReadlink, 1)
 }
 
 // rename counts a RENAME.

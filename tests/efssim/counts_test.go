@@ -111,6 +111,22 @@ func TestCounts(t *testing.T) {
 			}
 			return nil
 		}, ops{"ACCESS": 1}, 0, 0},
+		{"a symbolic link is made, and its name and target are known", func() error {
+			if err := os.Symlink("target", in("d/symlink")); err != nil {
+				return err
+			}
+			_, err := os.Readlink(in("d/symlink"))
+			return err
+		}, ops{"SYMLINK": 1, "ACCESS": 1}, 0, 0},
+		{"another client's is looked up and read, once", func() error {
+			must(t, os.Symlink("target", filepath.Join(backing, "d/other")))
+			for range 2 {
+				if _, err := os.Readlink(in("d/other")); err != nil {
+					return err
+				}
+			}
+			return nil
+		}, ops{"LOOKUP": 1, "READLINK": 1}, 0, 0},
 		{"a directory is made", func() error { return os.Mkdir(in("d/f"), 0o700) }, ops{"CREATE": 1}, 0, 0},
 		{"renamed", func() error { return os.Rename(in("d/link"), in("d/f/link")) }, ops{"ACCESS": 2, "LOOKUP": 2, "RENAME": 1}, 0, 0}, // Go looks at the target itself
 		{"a listing comes in growing pieces", func() error { return list("d/e") }, ops{"ACCESS": 2, "LOOKUP": 1, "GETATTR": 1, "READDIR": 2}, 0, 0},

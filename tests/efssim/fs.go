@@ -207,7 +207,7 @@ func (t *faulty) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name 
 
 func (t *faulty) Readlink(cancel <-chan struct{}, h *fuse.InHeader) (target []byte, st fuse.Status) {
 	st = t.on(OpReadlink, h, func() (st fuse.Status) {
-		t.tell(func(c *client) wait { return c.settle(h.Pid) + c.rpc(ProcReadlink, 1) })
+		t.tell(func(c *client) wait { return c.readlink(h.Pid, h.NodeId) })
 		target, st = t.RawFileSystem.Readlink(cancel, h)
 		return st
 	})
