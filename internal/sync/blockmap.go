@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"unsafe"
 
 	"github.com/zeebo/xxh3"
@@ -78,7 +77,7 @@ type blockSink func(first uint64, codes []code, data []byte) error
 
 // readBlocks looks at blocks [from, to) of a file of size bytes. Where the file is shorter
 // by now, the rest counts as zeros: its stat will differ too.
-func readBlocks(ctx context.Context, f *os.File, size, alloc int64, from, to uint64, sink blockSink) error {
+func readBlocks(ctx context.Context, f blockFile, size, alloc int64, from, to uint64, sink blockSink) error {
 	end := min(int64(to)*BlockSize, size)
 	buf := make([]byte, min(int64(readChunk), int64(to-from)*BlockSize))
 	codes := make([]code, len(buf)/BlockSize)
@@ -136,7 +135,7 @@ func readBlocks(ctx context.Context, f *os.File, size, alloc int64, from, to uin
 
 // nextData finds the first data at or after off: [start, stop). start is end or more if
 // there is none.
-func nextData(f *os.File, off, end int64) (start, stop int64, err error) {
+func nextData(f blockFile, off, end int64) (start, stop int64, err error) {
 	fd := int(f.Fd())
 	start, err = unix.Seek(fd, off, unix.SEEK_DATA)
 	switch {
@@ -163,7 +162,7 @@ func nextData(f *os.File, off, end int64) (start, stop int64, err error) {
 // unwritten tells allocated but unwritten ranges (fallocate) from holes. It asks the file
 // system for the extent map as far as needed.
 type unwritten struct {
-	f      *os.File
+	f      blockFile
 	skip   bool // nothing can be unwritten
 	upTo   int64
 	ranges [][2]int64 // known unwritten ranges that end behind the last question
@@ -234,7 +233,7 @@ func (u *unwritten) more(from int64) error {
 // readScattered looks at some blocks of a file of size bytes that most likely have data:
 // they are read without asking for holes first, and only what is zero is asked about. If
 // hashed is false the codes of other blocks are left unknown.
-func readScattered(ctx context.Context, f *os.File, size, alloc int64, ranges []blockRange, hashed bool, sink blockSink) error {
+func readScattered(ctx context.Context, f blockFile, size, alloc int64, ranges []blockRange, hashed bool, sink blockSink) error {
 	var most uint64
 	for _, br := range ranges {
 		most = max(most, br.To-br.From)
@@ -267,7 +266,7 @@ func readScattered(ctx context.Context, f *os.File, size, alloc int64, ranges []
 }
 
 // sinkScattered passes runs of blocks that are all zero, or all not, on.
-func sinkScattered(f *os.File, size, alloc int64, first uint64, chunk []byte, codes []code, hashed bool, sink blockSink) error {
+func sinkScattered(f blockFile, size, alloc int64, first uint64, chunk []byte, codes []code, hashed bool, sink blockSink) error {
 	block := func(i int) []byte { return chunk[i*BlockSize : (i+1)*BlockSize] }
 	for i := 0; i < len(codes); {
 		zero := allZero(block(i))
@@ -300,7 +299,7 @@ func sinkScattered(f *os.File, size, alloc int64, first uint64, chunk []byte, co
 }
 
 // zeroCode says in which way a block that reads as zero is zero.
-func zeroCode(f *os.File, size, alloc int64, b uint64) (code, error) {
+func zeroCode(f blockFile, size, alloc int64, b uint64) (code, error) {
 	from := int64(b) * BlockSize
 	end := min(from+BlockSize, size)
 	if from >= size {
@@ -345,7 +344,7 @@ func trimClones(dir string) {
 
 // mapBlocks tells for all blocks of a file whether they have data, and of the others in
 // which way they have none.
-func mapBlocks(ctx context.Context, f *os.File, size, alloc int64, tell func(first uint64, codes []code, data bool) error) error {
+func mapBlocks(ctx context.Context, f blockFile, size, alloc int64, tell func(first uint64, codes []code, data bool) error) error {
 	zeros := unwritten{f: f, skip: alloc == 0}
 	codes := make([]code, readChunk/BlockSize)
 	run := func(from, to uint64, data bool) error {

@@ -70,11 +70,26 @@ func (p *pass) precopy(ctx context.Context) error {
 		took := p.v.cfg.Clock.Now().Sub(start)
 		read = p.stats.ReadBytes - read
 		done, next, err := p.enough(took, read, before)
-		if done || err != nil {
+		if err != nil {
 			return err
+		}
+		if done {
+			p.makeArena(read)
+			return nil
 		}
 		before, kind = read, next
 	}
+}
+
+// tailBytes are not worth another round to have them read before the freeze.
+const tailBytes = 256 << 10
+
+// makeArena finds memory for what the freeze will have to read: about as much as the last
+// round, and what must be read again in any case.
+func (p *pass) makeArena(read int64) {
+	blocks, _, _, _ := p.det.expect()
+	size := min(read, holdMost) + min(int64(blocks), holdMost/BlockSize)*BlockSize
+	p.arena = newArena(min(size*3/2+1<<20, holdMost) &^ (BlockSize - 1))
 }
 
 const maxRead = int64(^uint64(0) >> 1)
@@ -91,6 +106,11 @@ func (p *pass) enough(took time.Duration, read, before int64) (bool, roundKind, 
 		}
 		switch {
 		case ok && expected <= p.req.MaxFreeze/2 && !again:
+			if p.stats.Rounds < maxRounds && read > tailBytes && read <= before/4*3 {
+				// What was written during this round is left to the freeze. The next one is
+				// shorter, for all that it reads is open, and nothing is synced.
+				return false, roundLight, nil
+			}
 			return true, 0, nil
 		case p.stats.Rounds < maxRounds && again && expected <= p.req.MaxFreeze/2 && p.stats.Rounds%2 == 1:
 			return false, roundLight, nil

@@ -18,7 +18,9 @@ type pass struct {
 	reader  *reader         // of the last round
 	links   map[string]bool // symbolic links that have been checked: name and target
 	views   []view
-	spoiled bool // pending work can't be used any more
+	handles *handles // files that stay open until the capture ends
+	arena   *arena   // for what the freeze reads
+	spoiled bool     // pending work can't be used any more
 }
 
 func (p *pass) run(ctx context.Context) (*Capture, error) {
@@ -27,6 +29,13 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 		pids = func() []int { return nil }
 	}
 	p.views, p.links = viewsOf(p.v.Path(), pids()), map[string]bool{}
+	p.handles = newHandles()
+	defer p.handles.close()
+	defer func() { p.arena.free() }()
+	if f := p.v.follow; f != nil {
+		f.handles = p.handles
+		defer func() { f.handles = nil }()
+	}
 	c := &Capture{}
 	var err error
 	if p.req.NoFreeze {
@@ -48,6 +57,7 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 			p.spoiled = true
 			err = errors.Join(err, serr)
 		}
+		p.arena.free() // nothing refers to it any more
 	}
 	if err != nil {
 		return nil, err
@@ -220,9 +230,9 @@ func (p *pass) round(ctx context.Context, kind roundKind, workers int) error {
 		return err
 	}
 	defer root.Close()
-	r := &reader{fs: p.v.fs, root: root, spool: p.p.spool, tolerant: !frozen, progress: p.req.Progress}
+	r := &reader{fs: p.v.fs, root: root, spool: p.p.spool, tolerant: !frozen, progress: p.req.Progress, handles: p.handles}
 	if frozen {
-		r.hold = holdMost
+		r.hold, r.arena = holdMost, p.arena
 	}
 	p.reader = r
 	began := p.v.cfg.Clock.Now()

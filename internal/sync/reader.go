@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	stdsync "sync"
@@ -75,10 +76,12 @@ type reader struct {
 	spool    *spool
 	tolerant bool // files may vanish: the database is running
 	progress Progress
+	handles  *handles // files that stay open for later rounds; may be nil
 	bytes    atomic.Int64
 	// hold keeps what is read in memory, up to that many bytes, until settle: in a freeze
 	// nothing is hashed, compared or written that could be after it.
-	hold int64
+	hold  int64
+	arena *arena // where that is kept as long as there is room; may be nil
 
 	mu    stdsync.Mutex // guards the rest
 	held  []heldBlocks
@@ -92,46 +95,65 @@ type heldBlocks struct {
 	data  []byte
 }
 
+// readTask is what one worker does at once.
+type readTask struct {
+	j     *readJob
+	piece []blockRange
+	holes bool
+}
+
+// run reads. Workers take one task after another: most are so small that a goroutine for
+// each would cost as much as the reading.
 func (r *reader) run(ctx context.Context, jobs []*readJob, workers int) error {
 	var total int64
+	tasks := make([]readTask, 0, len(jobs))
 	for _, j := range jobs {
 		total += int64(j.blocks()) * BlockSize
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(max(workers, 1))
-	for _, j := range jobs {
 		pieces := j.pieces()
 		if j.holes && !j.whole() {
 			pieces = append(pieces, nil) // for the holes
 		}
 		j.left.Store(int64(len(pieces)))
 		for i, piece := range pieces {
-			g.Go(func() error {
+			tasks = append(tasks, readTask{j, piece, j.holes && i == len(pieces)-1})
+		}
+	}
+	var next atomic.Int64
+	g, ctx := errgroup.WithContext(ctx)
+	for range min(max(workers, 1), len(tasks)) {
+		g.Go(func() error {
+			for {
+				i := next.Add(1) - 1
+				if i >= int64(len(tasks)) {
+					return nil
+				}
 				if err := ctx.Err(); err != nil {
 					return err
 				}
-				if err := r.piece(ctx, j, piece, j.holes && i == len(pieces)-1); err != nil {
+				if err := r.task(ctx, tasks[i], total); err != nil {
 					return err
 				}
-				if r.progress != nil {
-					r.progress.Set("copying", r.bytes.Load(), total)
-				}
-				if j.left.Add(-1) > 0 {
-					return nil
-				}
-				if j.missed.Load() {
-					return nil
-				}
-				j.w.key, j.w.settled = j.n.key, j.settled
-				return nil
-			})
-		}
+			}
+		})
 	}
 	err := g.Wait()
 	for _, j := range jobs {
 		j.recall()
 	}
 	return err
+}
+
+func (r *reader) task(ctx context.Context, t readTask, total int64) error {
+	if err := r.piece(ctx, t.j, t.piece, t.holes); err != nil {
+		return err
+	}
+	if r.progress != nil {
+		r.progress.Set("copying", r.bytes.Load(), total)
+	}
+	if t.j.left.Add(-1) == 0 && !t.j.missed.Load() {
+		t.j.w.key, t.j.w.settled = t.j.n.key, t.j.settled
+	}
+	return nil
 }
 
 // recall takes a job back that was not finished. What is known of a file of which only
@@ -153,14 +175,7 @@ func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange, hole
 	if len(piece) == 0 && !holes {
 		return nil
 	}
-	f, err := openBelow(int(r.root.Fd()), name)
-	if err == nil {
-		defer f.Close()
-		var st unix.Stat_t
-		if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Ino != j.n.key.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG) {
-			err = unix.ENOENT // another file by now
-		}
-	}
+	f, err := r.open(j.n)
 	if err != nil {
 		if r.tolerant {
 			j.missed.Store(true)
@@ -171,6 +186,7 @@ func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange, hole
 		}
 		return fmt.Errorf("read %q: %w", name, err)
 	}
+	defer r.handles.put(j.n.key.Ino, f)
 	sink := r.sink(j)
 	if r.tolerant && (holes || j.whole()) {
 		// An operation on ranges may be under way that was reported when it began. On XFS a
@@ -181,6 +197,11 @@ func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange, hole
 	case holes && !j.whole():
 		return r.holes(ctx, f, j, sink)
 	case !j.whole():
+		if r.arena != nil {
+			if piece, err = r.readHeld(ctx, f, j, piece); err != nil || len(piece) == 0 {
+				return err
+			}
+		}
 		return readScattered(ctx, f, j.n.key.Size, j.n.alloc, piece, r.hold == 0, sink)
 	}
 	for _, br := range piece {
@@ -189,6 +210,64 @@ func (r *reader) piece(ctx context.Context, j *readJob, piece []blockRange, hole
 		}
 	}
 	return nil
+}
+
+// open opens a job's file, or takes the one that is open already.
+func (r *reader) open(n *node) (rawFile, error) {
+	if f, ok := r.handles.get(n.key.Ino); ok {
+		return f, nil
+	}
+	f, err := openRaw(int(r.root.Fd()), n.names[0])
+	if err != nil {
+		return f, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(f.fd, &st); err == nil && (st.Ino != n.key.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG) {
+		err = unix.ENOENT // another file by now
+	}
+	if err != nil {
+		f.close()
+	}
+	return f, err
+}
+
+// readHeld reads blocks into the arena, without looking at more of them than whether they
+// are zero. It returns what there was no room for.
+func (r *reader) readHeld(ctx context.Context, f rawFile, j *readJob, ranges []blockRange) ([]blockRange, error) {
+	size := j.n.key.Size
+	sink := func(first uint64, codes []code, data []byte) error {
+		if data == nil {
+			return r.keep(j, first, codes, nil)
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.holds += int64(len(data))
+		r.held = append(r.held, heldBlocks{j, first, data})
+		return nil
+	}
+	for i, br := range ranges {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		chunk := r.arena.take(int64(br.To-br.From) * BlockSize)
+		if chunk == nil {
+			return ranges[i:], nil
+		}
+		k := 0
+		if off := int64(br.From) * BlockSize; off < size {
+			var err error
+			k, err = f.ReadAt(chunk[:min(int64(len(chunk)), size-off)], off)
+			if err != nil && !errors.Is(err, io.EOF) {
+				return nil, fmt.Errorf("read %s: %w", f.Name(), err)
+			}
+		}
+		clear(chunk[k:])
+		r.bytes.Add(int64(len(chunk)))
+		if err := sinkScattered(f, size, j.n.alloc, br.From, chunk, make([]code, br.To-br.From), false, sink); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
 }
 
 // sink takes blocks that were read.
@@ -209,7 +288,7 @@ func (r *reader) sink(j *readJob) blockSink {
 
 // holes compares where the file has data with what is known, and reads only what has data
 // where none is known.
-func (r *reader) holes(ctx context.Context, f *os.File, j *readJob, sink blockSink) error {
+func (r *reader) holes(ctx context.Context, f blockFile, j *readJob, sink blockSink) error {
 	var news []blockRange
 	err := mapBlocks(ctx, f, j.n.key.Size, j.n.alloc, func(first uint64, codes []code, data bool) error {
 		j.w.mu.Lock()

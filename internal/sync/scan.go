@@ -272,6 +272,14 @@ func getXAttr(p, name string) ([]byte, error) {
 // openBelow opens a regular file of the volume for reading, never through a symbolic link
 // that the database may have put into the path.
 func openBelow(rootfd int, rel string) (*os.File, error) {
+	fd, err := openBelowFD(rootfd, rel)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: rel, Err: err}
+	}
+	return os.NewFile(uintptr(fd), rel), nil
+}
+
+func openBelowFD(rootfd int, rel string) (int, error) {
 	how := unix.OpenHow{
 		Flags:   unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC | unix.O_NOATIME,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
@@ -280,13 +288,13 @@ func openBelow(rootfd int, rel string) (*os.File, error) {
 		fd, err := unix.Openat2(rootfd, rel, &how)
 		switch {
 		case err == nil:
-			return os.NewFile(uintptr(fd), rel), nil
+			return fd, nil
 		case errors.Is(err, unix.EPERM) && how.Flags&unix.O_NOATIME != 0:
 			how.Flags &^= unix.O_NOATIME
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			// EAGAIN: a rename ran at the same time.
 		default:
-			return nil, &os.PathError{Op: "open", Path: rel, Err: err}
+			return -1, err
 		}
 	}
 }
