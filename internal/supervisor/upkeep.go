@@ -128,10 +128,8 @@ func (s *Supervisor) upkeepStep(ctx context.Context) error {
 	if err := s.sweep(ctx); err != nil {
 		return err
 	}
-	if err := s.compact(ctx); err != nil {
-		return err
-	}
-	return s.check(ctx)
+	// What can't be compacted is the more reason to verify.
+	return errors.Join(s.compact(ctx), s.check(ctx))
 }
 
 // check verifies the store a little at a time. One instance does it, so that the share is read

@@ -79,6 +79,10 @@ func (k *Keeper) Compact(ctx context.Context, r CompactRequest) (waiting bool, e
 		k.protect() // its name may have changed
 		if err != nil && ctx.Err() == nil {
 			k.drop(err)
+			var o *ObjectError
+			if errors.As(err, &o) {
+				k.bad[o.Path] = true // the others are worth it all the same
+			}
 			return false, fmt.Errorf("compact packs: %w", err)
 		}
 		if r.Progress != nil {
@@ -182,7 +186,7 @@ func (k *Keeper) choose(ctx context.Context, r CompactRequest, c *catalog) ([]Pa
 	live := liveOf(r.Head)
 	var poor, all []PackID
 	for i, n := range live {
-		if n == 0 {
+		if n == 0 || k.bad[r.Head.Packs[i].Path] {
 			continue
 		}
 		if _, ok := oldest[r.Head.Packs[i].Path]; !ok {

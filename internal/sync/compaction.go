@@ -108,8 +108,9 @@ type compactRun struct {
 type compactSource struct {
 	pack   int
 	open   *packReader
-	frame  int // in data; -1: none
-	data   []byte
+	frame  int    // in data; -1: none
+	data   []byte // lies in raw or in stored
+	raw    []byte
 	stored []byte
 }
 
@@ -258,13 +259,13 @@ func (c *compaction) read(ctx context.Context, buf []byte) (int, error) {
 // blocks copies up to count blocks, as many as are in one frame, to buf.
 func (c *compactSource) blocks(s *Store, old []PackRef, pack int, block, count uint64, buf []byte) (n uint64, fetched int, err error) {
 	if c.open == nil || c.pack != pack {
-		data, stored := c.data, c.stored
+		raw, stored := c.raw, c.stored
 		c.close()
 		if c.open, err = s.openPack(old[pack]); err != nil {
 			c.open = nil
 			return 0, 0, err
 		}
-		c.pack, c.frame, c.data, c.stored = pack, -1, data, stored
+		c.pack, c.frame, c.raw, c.stored = pack, -1, raw, stored
 	}
 	foot := c.open.foot
 	if block+count > uint64(len(foot.hashes)) {
@@ -272,11 +273,11 @@ func (c *compactSource) blocks(s *Store, old []PackRef, pack int, block, count u
 	}
 	i := foot.frameOf(block)
 	if i != c.frame {
-		if c.data == nil {
-			c.data = make([]byte, 0, frameMaxBytes)
+		if c.raw == nil {
+			c.raw = make([]byte, 0, frameMaxBytes)
 		}
 		c.frame = -1
-		if c.data, c.stored, err = s.readFrame(c.open, i, c.data[:0], c.stored); err != nil {
+		if c.data, c.stored, err = s.readFrame(c.open, i, c.raw, c.stored); err != nil {
 			return 0, 0, err
 		}
 		c.frame, fetched = i, int(foot.frames[i].stored)

@@ -40,6 +40,7 @@ type Keeper struct {
 	working stdsync.Mutex // a Compact; guards what follows
 	job     *compaction
 	idle    CatalogRef                   // there was nothing to compact by this catalog
+	bad     map[string]bool              // packs that could not be read
 	blocks  map[string]uint64            // of packs, by path
 	unions  map[string]map[string]uint64 // by snapshot and pack: blocks that it refers to
 }
@@ -47,7 +48,7 @@ type Keeper struct {
 // NewKeeper makes a Keeper for one term.
 func (s *Store) NewKeeper() *Keeper {
 	return &Keeper{s: s, clock: s.cfg.Clock, since: map[string]boottime.Instant{}, gone: map[string]bool{}, spare: map[string]bool{},
-		blocks: map[string]uint64{}, unions: map[string]map[string]uint64{}}
+		bad: map[string]bool{}, blocks: map[string]uint64{}, unions: map[string]map[string]uint64{}}
 }
 
 // Follow notes what a committed catalog condemns: the grace of a name counts from the first

@@ -126,7 +126,8 @@ func readAt(f io.ReaderAt, b []byte, off int64) error {
 }
 
 // readFrame reads, verifies and expands frame i. raw must have a frame's capacity; stored is
-// a buffer to reuse and is returned.
+// a buffer to reuse and is returned. data lies in the one or in the other: it is no buffer for
+// the next call.
 func (s *Store) readFrame(p *packReader, i int, raw, stored []byte) (data, buf []byte, err error) {
 	fr := &p.foot.frames[i]
 	if cap(stored) < int(fr.stored) {

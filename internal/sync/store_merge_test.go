@@ -1,8 +1,12 @@
 package sync
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -305,6 +309,92 @@ func TestCompactionDelaysNothing(t *testing.T) {
 	r.fill("f", 4)
 	if st := r.snapshot(time.Minute); !st.Moved {
 		t.Error("the complete pack is not taken")
+	}
+	storeAllWhole(t, r.storeHistory)
+}
+
+// TestCompactionOfMixedFrames: frames that are stored as they are and frames that are compressed
+// follow each other in the packs that are rewritten.
+func TestCompactionOfMixedFrames(t *testing.T) {
+	r := newPinRig(t, 68)
+	r.s.cfg.packBlocks, r.s.cfg.frameBlocks = 256, 4
+	row := func(i int) storeBlock {
+		return storeBlock{kind: ExtentData, data: strings.Repeat(fmt.Sprint("row ", i, " "), BlockSize)[:BlockSize]}
+	}
+	for _, name := range []string{"a", "b", "c"} {
+		r.bigFile(name, 48)
+		f := r.model.inodes[r.model.names[name]]
+		for i := range 48 {
+			if i/4%2 == 1 {
+				f.blocks[i] = row(i)
+			}
+		}
+	}
+	r.snapshot(time.Minute)
+	r.fill("a", upTo(0, 48)...)
+	r.fill("c", upTo(0, 48)...)
+	r.snapshot(time.Hour)
+	r.snapshot(time.Minute)
+	r.condemn()
+	if _, err := r.keeper.Compact(context.Background(), CompactRequest{Head: r.head, Catalog: r.cat, Term: r.term, Below: 50}); err != nil {
+		t.Fatal(err)
+	}
+	r.fill("a", 1)
+	if st := r.snapshot(time.Minute); !st.Moved {
+		t.Error("nothing was compacted")
+	}
+	storeAllWhole(t, r.storeHistory)
+}
+
+// TestCompactionOfDamaged: a pack that is damaged is told of once, and left alone then; the
+// others are compacted.
+func TestCompactionOfDamaged(t *testing.T) {
+	r := newPinRig(t, 69)
+	r.s.cfg.packBlocks, r.s.cfg.frameBlocks = 64, 4
+	for _, name := range []string{"a", "b"} { // a pack each
+		r.bigFile(name, 60)
+		r.snapshot(time.Minute)
+	}
+	first := r.headPacks()
+	r.fill("a", upTo(4, 60)...)
+	r.snapshot(time.Hour)
+	r.fill("b", upTo(4, 60)...)
+	r.snapshot(time.Minute)
+	r.snapshot(time.Hour)
+	r.condemn()
+	var hurt string
+	for path := range first {
+		if hurt == "" || path < hurt {
+			hurt = path
+		}
+	}
+	file := filepath.Join(r.dir, hurt)
+	whole, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := bytes.Clone(whole)
+	bad[packHeader+100] ^= 1
+	if err := os.WriteFile(file, bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	req := CompactRequest{Head: r.head, Catalog: r.cat, Term: r.term, Below: 50}
+	if _, err := r.keeper.Compact(context.Background(), req); !errors.Is(err, ErrDamaged) {
+		t.Fatalf("a damaged pack: %v", err)
+	}
+	if _, err := r.keeper.Compact(context.Background(), req); err != nil {
+		t.Fatalf("again: %v", err)
+	}
+	m := r.keeper.Moves()
+	if m == nil || len(m.from) != 1 || m.from[hurt] != nil {
+		t.Fatalf("compacted is %+v", m)
+	}
+	if err := os.WriteFile(file, whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.fill("a", 59)
+	if st := r.snapshot(time.Minute); !st.Moved {
+		t.Error("the pack is not taken")
 	}
 	storeAllWhole(t, r.storeHistory)
 }
