@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	stdsync "sync"
 	"unsafe"
 
@@ -45,6 +46,8 @@ const (
 	stormFiles = 40             // about as many there are
 	stormSize  = 40 * BlockSize // at most, of one
 	stormMaps  = 6
+	// stormSpares is what the names begin with that a storm leaves alone.
+	stormSpares = "own-"
 )
 
 func (s *volStormer) do(op volOp) error {
@@ -117,6 +120,7 @@ func (w *stormView) list() (files, dirs []string) {
 	_ = filepath.WalkDir(w.root, func(p string, e fs.DirEntry, err error) error {
 		switch {
 		case err != nil || p == w.root:
+		case strings.HasPrefix(e.Name(), stormSpares):
 		case e.IsDir():
 			dirs = append(dirs, p)
 		case e.Type().IsRegular():
