@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"dbsupervisor/internal/api"
+	"dbsupervisor/internal/config"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -132,6 +133,25 @@ func (v *view) cluster() {
 		parts = append(parts, "ERROR: "+l.Error)
 	}
 	v.row("Lease", "%s", strings.Join(parts, "; "))
+	v.row("Failover", "%s", v.failover())
+}
+
+// failover is left out while there is nothing to say about it.
+func (v *view) failover() string {
+	f, usual := v.s.Failover, config.Default().Failover
+	var parts []string
+	switch {
+	case f == (api.Failover{}):
+		return "" // read from the register without an agent
+	case f.Never:
+		parts = append(parts, "this instance never becomes primary")
+	case f.Priority != usual.Priority:
+		parts = append(parts, fmt.Sprintf("priority %d", f.Priority))
+	}
+	if f.LastHour > 0 {
+		parts = append(parts, fmt.Sprintf("%d within the last hour that nobody asked for, at most %d", f.LastHour, f.MaxPerHour))
+	}
+	return strings.Join(parts, "; ")
 }
 
 func (v *view) primary() string {

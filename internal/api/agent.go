@@ -71,6 +71,8 @@ type Live struct {
 	ServesReads bool
 	// Replica is what is served to readers; nil while nothing is.
 	Replica *LiveReplica
+	// NoLoadBalance says that load balancers shall send no readers here all the same.
+	NoLoadBalance bool
 	// Failing says why this instance does not fulfil its role's duty; "" means it does.
 	Failing string
 	// Beat is when the supervisor's loop last went round; /health compares it with the

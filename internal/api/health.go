@@ -166,6 +166,8 @@ func (h *Health) replica(l Live, w wishes, now boottime.Instant) string {
 	switch {
 	case l.Role != RoleStandby:
 		return "not a standby"
+	case l.NoLoadBalance:
+		return "load balancers shall not use this instance (replica.noloadbalance)"
 	case !l.ServesReads:
 		return "no reads are served here"
 	}

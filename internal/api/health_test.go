@@ -45,6 +45,7 @@ func TestHealthAnswers(t *testing.T) {
 		{"standby", standby, no, no, no, yes, yes, yes},
 		{"standby that serves reads", with(standby, func(l *Live) { l.ServesReads = true }), no, yes, yes, yes, yes, yes},
 		{"standby that can't follow", with(standby, func(l *Live) { l.Failing = "disk full" }), no, no, no, no, no, yes},
+		{"replica not for load balancers", with(standby, func(l *Live) { l.ServesReads, l.NoLoadBalance = true, true }), no, no, no, yes, yes, yes},
 		{"primary does not count as replica", with(primary, func(l *Live) { l.ServesReads = true }), yes, no, yes, yes, yes, yes},
 	} {
 		h := newHealth(&fakeAgent{live: tc.live}, clock).Handler()

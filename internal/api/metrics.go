@@ -65,6 +65,10 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge("degraded", "How many things keep the role's duty from being wholly fulfilled.", float64(len(s.Degraded)))
 	gauge("term", "The newest known term of the cluster.", float64(s.Term))
 	gauge("paused", "1 while automatic failover is switched off.", flag(s.Paused))
+	gauge("failovers_last_hour", "Failovers of the cluster within the last hour that no person asked for.", float64(s.Failover.LastHour))
+	gauge("failovers_max_per_hour", "With so many of them a person is asked for the next.", float64(s.Failover.MaxPerHour))
+	gauge("failover_asks_for_person", "1 while the primary is silent and nobody takes over before a person asks for it.", flag(s.Failover.AsksForPerson))
+	gauge("failover_priority", "This instance's priority among equally fresh standbys; 0: it never becomes primary.", float64(priority(s.Failover)))
 	if d := s.Lease.DeadlineInMS; d != nil {
 		gauge("lease_seconds_left", "Time until this instance must have stopped writing.", float64(*d)/1000)
 	}
@@ -123,6 +127,13 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge("gate_open", "1 while the kernel lets clients reach the write port.", flag(s.Gate.Open))
 	gauge("guard_ok", "1 if the guard process answers.", flag(s.Guard.OK))
 	gauge("forks", "Volumes that were set aside because history went on without them.", float64(len(s.Forks)))
+}
+
+func priority(f Failover) int {
+	if f.Never {
+		return 0
+	}
+	return f.Priority
 }
 
 func flag(b bool) float64 {

@@ -49,6 +49,8 @@ type Status struct {
 	Successor string  `json:"successor,omitempty"`
 	Paused    bool    `json:"paused"`
 
+	Failover Failover `json:"failover,omitzero"`
+
 	Lease Lease `json:"lease"`
 	Head  *Head `json:"head"`
 	// HeadComplete says that head holds everything that was ever acknowledged: nobody has
@@ -72,6 +74,19 @@ type Status struct {
 	Progress  *Progress `json:"progress"`
 	// History is the newest few entries, newest last.
 	History []Event `json:"history"`
+}
+
+// Failover says whether and how this instance takes part in failovers.
+type Failover struct {
+	Priority int  `json:"priority"`
+	Never    bool `json:"never"` // this instance never becomes primary
+	// LastHour counts the cluster's failovers of the last hour that no person asked for. With
+	// MaxPerHour of them the next one takes a person.
+	LastHour   int `json:"last_hour"`
+	MaxPerHour int `json:"max_per_hour"`
+	// AsksForPerson: the primary is silent and its lease is over, but nobody takes over by
+	// itself because there were too many failovers.
+	AsksForPerson bool `json:"asks_for_person"`
 }
 
 // Primary says who holds the term and where its database is.

@@ -187,11 +187,20 @@ type HTTP struct {
 	Listen string `yaml:"listen"` // default ":8008"
 }
 
-// Failover says whether this instance may become primary by itself.
+// Failover says whether, and before whom, this instance may become primary by itself.
 type Failover struct {
+	// Priority decides between standbys whose copies are equally fresh: the higher one takes
+	// over first. 0 is the same as NoFailover. Default 100.
+	Priority int `yaml:"priority"`
+	// MaxPerHour bounds the failovers of the whole cluster within an hour that no person asked
+	// for. When it is reached this instance takes over only when it is asked to. Default 4.
+	MaxPerHour int `yaml:"max_per_hour"`
 	// NoFailover keeps this instance from ever becoming primary.
 	NoFailover bool `yaml:"nofailover"`
 }
+
+// Never says that this instance must not become primary.
+func (f Failover) Never() bool { return f.NoFailover || f.Priority == 0 }
 
 // Handoff is a planned end of the database here: a switchover, a stop, a rollback.
 type Handoff struct {

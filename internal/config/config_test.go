@@ -140,6 +140,7 @@ replica:
   warm_timeout: 2m
   drain: 3m
   on_failure: stop
+  noloadbalance: true
   max_age: 4m
   memory: 1GiB
   cpus: 2.5
@@ -159,7 +160,7 @@ replica:
     probe: [q]
     stop_signal: SIGQUIT
 http: {listen: "127.0.0.1:9000"}
-failover: {nofailover: true}
+failover: {nofailover: true, priority: 7, max_per_hour: 9}
 handoff: {drain: 7s}
 log: {level: debug, json: true}
 `)
@@ -190,14 +191,14 @@ log: {level: debug, json: true}
 		Replica: Replica{
 			Enabled: true, Ports: []Port{{Container: 5432, Host: 5433, Address: "127.0.0.1"}}, Interval: 5 * time.Second,
 			Schedule: "@every 1h", Warm: [][]string{{"a", "b"}, {"c"}}, WarmTimeout: 2 * time.Minute, Drain: 3 * time.Minute,
-			OnFailure: "stop", MaxAge: 4 * time.Minute, Memory: 1 << 30, CPUs: 2.5,
+			OnFailure: "stop", NoLoadBalance: true, MaxAge: 4 * time.Minute, Memory: 1 << 30, CPUs: 2.5,
 			ReadOnly: ReadOnly{
 				Enforced: EnforcedByRights, Why: "because", Entrypoint: []string{"/e"}, Command: []string{"c"}, DefaultCommand: []string{"d"},
 				Args: []string{"-x"}, Env: map[string]string{"E": "f"}, User: "5", Files: []ReadOnlyFile{{Path: "/f", Content: "g", Mode: 0o600}},
 				VolumeReadOnly: true, Prepare: []string{"p"}, Ready: []string{"r"}, Probe: []string{"q"}, StopSignal: "SIGQUIT",
 			},
 		},
-		HTTP: HTTP{Listen: "127.0.0.1:9000"}, Failover: Failover{NoFailover: true}, Handoff: Handoff{Drain: 7 * time.Second}, Log: Log{Level: "debug", JSON: true},
+		HTTP: HTTP{Listen: "127.0.0.1:9000"}, Failover: Failover{NoFailover: true, Priority: 7, MaxPerHour: 9}, Handoff: Handoff{Drain: 7 * time.Second}, Log: Log{Level: "debug", JSON: true},
 	}
 	if d := Diff(c, want); d != nil {
 		t.Errorf("differs in %v\n got %+v\nwant %+v", d, c, want)

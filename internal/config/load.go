@@ -142,10 +142,11 @@ func Default() *Config {
 			Pull: "missing", Network: "bridge", ProbeInterval: 2 * time.Second, ProbeTimeout: 5 * time.Second,
 			StartTimeout: 5 * time.Minute, MaxRestarts: 3, RestartWindow: 10 * time.Minute,
 		},
-		Replica: Replica{Interval: 10 * time.Second, WarmTimeout: time.Minute, Drain: time.Minute, OnFailure: "keep"},
-		HTTP:    HTTP{Listen: ":8008"},
-		Handoff: Handoff{Drain: 2 * time.Second},
-		Log:     Log{Level: "info"},
+		Replica:  Replica{Interval: 10 * time.Second, WarmTimeout: time.Minute, Drain: time.Minute, OnFailure: "keep"},
+		HTTP:     HTTP{Listen: ":8008"},
+		Failover: Failover{Priority: 100, MaxPerHour: 4},
+		Handoff:  Handoff{Drain: 2 * time.Second},
+		Log:      Log{Level: "info"},
 	}
 }
 

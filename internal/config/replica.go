@@ -47,6 +47,9 @@ type Replica struct {
 	// however old it gets (default), or "stop" it, which closes the read port until a refresh
 	// succeeds.
 	OnFailure string `yaml:"on_failure"`
+	// NoLoadBalance makes /replica say 503 here, whatever else is true: load balancers send
+	// no readers, while those who know the address are still served.
+	NoLoadBalance bool `yaml:"noloadbalance"`
 	// MaxAge is the age from which on /replica says no without being asked for one; 0, the
 	// default, means never.
 	MaxAge time.Duration `yaml:"max_age"`

@@ -40,6 +40,7 @@ func (c *Config) validate() Errors {
 	v.sync()
 	v.database()
 	v.ports()
+	v.failover()
 	v.need(c.Handoff.Drain >= 0 && c.Handoff.Drain <= time.Minute, "handoff.drain", "must be between 0 and 1m", "all clients wait as long as this: use for example 2s")
 	v.logging(c.Log)
 	slices.SortStableFunc(v.errs, func(a, b *Error) int { return a.Line - b.Line })
@@ -259,6 +260,16 @@ func (v *validator) ports() {
 		used[p.Host] = key
 	}
 	v.replica(used)
+}
+
+// mostFailovers is how many failovers the register remembers.
+const mostFailovers = 10
+
+func (v *validator) failover() {
+	f := v.c.Failover
+	v.need(f.Priority >= 0 && f.Priority <= 1000, "failover.priority", "must be between 0 and 1000", "the default is 100; 0 keeps this instance from becoming primary")
+	v.need(f.MaxPerHour >= 0 && f.MaxPerHour <= mostFailovers, "failover.max_per_hour", fmt.Sprintf("must be between 0 and %d", mostFailovers),
+		"the default is 4; 0 means that a person is asked each time")
 }
 
 func matches(pattern, s string) bool { return regexp.MustCompile(pattern).MatchString(s) }

@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"dbsupervisor/internal/fsx"
@@ -487,6 +488,9 @@ func TestLongRecords(t *testing.T) {
 	rec.Catalog, rec.CatalogHash, rec.ImageDigest = "catalogs/"+id, noise(t, 64), "sha256:"+noise(t, 64)
 	rec.Order = &lease.Order{ID: noise(t, 32), Kind: lease.OrderRollback, Term: 12, To: host, Snapshot: id}
 	rec.Holder = lease.Holder{Instance: host, Incarnation: noise(t, 32), VolumeID: noise(t, 32), Address: host + ":5432", HTTP: host + ":8425", Zone: "eu-central-1a"}
+	for k := range lease.MostFailovers {
+		rec.Failovers = append(rec.Failovers, lease.Duration(59*time.Minute+59*time.Second-time.Duration(k)*293*time.Second-time.Duration(k*37)*time.Millisecond))
+	}
 	for _, answer := range []int{0, 60, 600, 100_000} {
 		rec.Answer = &lease.Answer{Order: noise(t, 32), Error: "ü" + noise(t, answer), Hint: noise(t, answer)}
 		got := mustSwap(t, r, rec, rec)

@@ -108,6 +108,7 @@ type Lease struct {
 	lookedAt    boottime.Instant // when the last look began that returned rec
 	unseenAt    boottime.Instant // when the last look began that returned an older one; 0: none did
 	madeAfter   boottime.Instant // the same of the version before rec
+	knownAt     boottime.Instant // rec was already written then, as far as this clock can tell
 	lastContact boottime.Instant
 	err         error
 	fenceErr    error
@@ -223,6 +224,8 @@ type View struct {
 	// Unknown: an own swap may or may not take effect yet. No file whose name was offered
 	// in it (see Offered) may be removed.
 	Unknown bool
+	// Failovers is how many failovers of the last hour are known that no person asked for.
+	Failovers int
 }
 
 // View returns what is known now. Holding and Expired are computed from the clock, so they
@@ -246,6 +249,7 @@ func (l *Lease) View() View {
 	}
 	if l.loaded {
 		v.ChallengeAt = l.challengeAt()
+		v.Failovers = l.recentFailovers(now)
 	}
 	return v
 }
@@ -267,9 +271,13 @@ func (l *Lease) Offered() []Record {
 
 // challengeAt applies rule 2: everybody waits for the TTL written in the version that is
 // being watched, except where nobody can be holding: before the first term, and after a
-// release for the one that it names (or for all, if it names none). l.mu is held.
+// release for the one that it names (or for all, if it names none), or where a person says so.
+// l.mu is held.
 func (l *Lease) challengeAt() boottime.Instant {
 	r := l.rec
+	if o := r.Order; o != nil && o.Kind == OrderFailover && o.Terminated && o.Term == r.Term && o.To == l.self.Instance {
+		return 0
+	}
 	if r.Term == 0 || (r.Released && (r.Successor == "" || r.Successor == l.self.Instance)) {
 		return 0
 	}
@@ -408,7 +416,7 @@ func (l *Lease) observe(rec Record, began boottime.Instant, own bool) error {
 		if rec.Term != l.rec.Term && l.loaded {
 			l.log.Info("term changed", "term", rec.Term, "holder", rec.Holder.Instance, "version", rec.Version)
 		}
-		l.rec, l.loaded, l.seenSince = rec, true, now
+		l.rec, l.loaded, l.seenSince, l.knownAt = rec, true, now, now
 		l.memory.note(rec)
 		l.settle()
 	}

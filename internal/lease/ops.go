@@ -9,8 +9,8 @@ import (
 
 // Acquire takes the lease in a new term, by a swap on the very version that has been watched
 // and never on a re-read one. edit may set the holder's volume ID, addresses and zone; the
-// term, head, catalog, gcseq and image digest are as in the watched record. A paused cluster
-// is the caller's to respect.
+// term, head, catalog, gcseq and image digest are as in the watched record. A paused cluster,
+// and a bound on View.Failovers, are the caller's to respect.
 //
 // It returns ErrNotYet (see View.ChallengeAt), ErrConflict (somebody was faster), ErrHeld,
 // ErrInstanceInUse, or ErrUnknown: then the lease counts as not held, and Run goes on to
@@ -67,6 +67,9 @@ func (l *Lease) acquire(ctx context.Context, edit func(*Record)) error {
 		next.Holder.Zone = edited.Holder.Zone
 	}
 	next.TTL = Duration(l.cfg.TTL)
+	if unasked(cur, next) {
+		next.Failovers = append(next.Failovers, 0)
+	}
 	return l.take(ctx, next, epoch, change{
 		next:    func(Record) (Record, error) { return next, nil },
 		done:    func(rec Record) bool { return l.mine(rec, next.Term) },
@@ -220,16 +223,23 @@ func (l *Lease) Commit(ctx context.Context, basis Record, edit func(*Record)) (R
 // whatever the outcome: only a later Acquire makes it held again. Without success others
 // acquire after the TTL.
 func (l *Lease) Release(ctx context.Context, successor string) error {
-	return l.release(ctx, successor, false)
+	return l.release(ctx, Record{Successor: successor})
 }
 
 // HandOver is a Release of which the caller vouches that head holds everything that was
 // acknowledged in this term. The next term's record says so (Inherited).
 func (l *Lease) HandOver(ctx context.Context, successor string) error {
-	return l.release(ctx, successor, true)
+	return l.release(ctx, Record{Successor: successor, Complete: true})
 }
 
-func (l *Lease) release(ctx context.Context, successor string, complete bool) error {
+// MoveAway is a Release, or if complete a HandOver, that no person asked for: it counts as a
+// failover.
+func (l *Lease) MoveAway(ctx context.Context, successor string, complete bool) error {
+	return l.release(ctx, Record{Successor: successor, Complete: complete, Failovers: []Duration{0}})
+}
+
+// release sends the release that says what r does; r.Failovers are those to be added.
+func (l *Lease) release(ctx context.Context, r Record) error {
 	if err := l.begin(ctx); err != nil {
 		return fmt.Errorf("release lease: %w", err)
 	}
@@ -245,7 +255,8 @@ func (l *Lease) release(ctx context.Context, successor string, complete bool) er
 				return Record{}, ErrNotHeld
 			}
 			next := cur.Clone()
-			next.Released, next.Complete, next.Successor, next.Order = true, complete, successor, nil
+			next.Released, next.Complete, next.Successor, next.Order = true, r.Complete, r.Successor, nil
+			next.Failovers = append(next.Failovers, r.Failovers...)
 			return next, nil
 		},
 		done: func(rec Record) bool {
@@ -291,12 +302,16 @@ func (l *Lease) PutOrder(ctx context.Context, o Order) error {
 	return nil
 }
 
-// SetPaused sets or clears the maintenance mode. Any instance may.
+// SetPaused sets or clears the maintenance mode. Clearing it also forgets the failovers of the
+// last hour: a person has looked. Any instance may.
 func (l *Lease) SetPaused(ctx context.Context, paused bool) error {
 	err := l.tell(ctx, func(next *Record) error {
 		next.Paused = paused
+		if !paused {
+			next.Failovers = nil
+		}
 		return nil
-	}, func(rec Record) bool { return rec.Paused == paused })
+	}, func(rec Record) bool { return rec.Paused == paused && (paused || len(rec.Failovers) == 0) })
 	if err != nil {
 		return fmt.Errorf("set paused: %w", err)
 	}

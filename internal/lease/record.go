@@ -5,7 +5,10 @@
 // head). Nothing else decides either. See docs/ARCHITECTURE.md for the rules.
 package lease
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // RecordFormat is the version of Record's encoding that this program writes and the newest
 // that it reads. A record of a newer format is refused.
@@ -53,6 +56,9 @@ type Record struct {
 	Order *Order `json:"order,omitempty"`
 	// Answer is what became of the last order that did not end in another term.
 	Answer *Answer `json:"answer,omitempty"`
+	// Failovers is how long ago, at the least, each of the last hour's failovers happened that
+	// no person had asked for; oldest first, as of this record's writing.
+	Failovers []Duration `json:"failovers,omitempty"`
 	// CleanSeq counts renewals that found the volume unchanged since the head's freeze:
 	// a replica may then reset the age of its data although head did not move.
 	CleanSeq uint64 `json:"clean_seq,omitempty"`
@@ -82,6 +88,7 @@ func (r Record) Clone() Record {
 		a := *r.Answer
 		r.Answer = &a
 	}
+	r.Failovers = slices.Clone(r.Failovers)
 	return r
 }
 
@@ -130,6 +137,9 @@ type Order struct {
 	Term     uint64    `json:"term"`
 	To       string    `json:"to,omitempty"`       // instance that shall take over; "" lets the holder choose
 	Snapshot string    `json:"snapshot,omitempty"` // rollback: the snapshot's ID
+	// Terminated, of a failover, is a person's word that the holder's machine is gone for good:
+	// the instance in To need not wait for the TTL.
+	Terminated bool `json:"terminated,omitempty"`
 }
 
 // Answer is the holder's reply to an order.

@@ -26,6 +26,11 @@ func (l *Lease) swap(ctx context.Context, prev, next Record) (attempt, error) {
 	octx, cancel := context.WithTimeout(ctx, l.cfg.OpTimeout)
 	defer cancel()
 	a := attempt{sent: l.cfg.Clock.Now()}
+	l.mu.Lock()
+	if prev.Version == l.rec.Version {
+		next.Failovers = carried(prev.Failovers, next.Failovers, a.sent.Sub(l.knownAt))
+	}
+	l.mu.Unlock()
 	var err error
 	a.rec, err = l.cfg.Register.CompareAndSwap(octx, prev, next)
 	switch {
@@ -33,6 +38,9 @@ func (l *Lease) swap(ctx context.Context, prev, next Record) (attempt, error) {
 		if err := l.observe(a.rec, a.sent, true); err != nil {
 			return a, err
 		}
+		l.mu.Lock()
+		l.knownAt = a.sent // what the ages in it were computed for
+		l.mu.Unlock()
 		return a, nil
 	case errors.Is(err, ErrUnknown):
 		l.mu.Lock()

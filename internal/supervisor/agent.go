@@ -27,18 +27,55 @@ const (
 // memberWindow is how long a silent instance counts as alive.
 func (s *Supervisor) memberWindow() time.Duration { return 3 * memberEvery }
 
+// musterEvery is how often a standby announces itself while the holder of a lease of this TTL
+// is silent, so that at its end everybody knows who could take over, and how well prepared.
+func musterEvery(ttl time.Duration) time.Duration { return ttl / 8 }
+
+// beatEvery is how long to wait for the next beat.
+func (s *Supervisor) beatEvery() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.muster {
+		return min(memberEvery, musterEvery(time.Duration(s.lease.View().Record.TTL)))
+	}
+	return memberEvery
+}
+
+// rivalWindow is how long a silent instance counts as one that could take over. Nobody is waited
+// for that has not announced itself after the holder fell silent.
+func (s *Supervisor) rivalWindow(r lease.Record) time.Duration {
+	if s.muster {
+		return min(s.memberWindow(), 3*musterEvery(time.Duration(r.TTL)))
+	}
+	return s.memberWindow()
+}
+
 func (s *Supervisor) member() Member {
 	s.mu.Lock()
-	state := s.decision.State
-	set := s.set
+	defer s.mu.Unlock()
+	return s.me(s.lease.View().Record)
+}
+
+// followsBehind is by how many snapshots a copy that follows head may be behind at any moment.
+const followsBehind = 2
+
+// me is what this instance tells the others. s.mu is held.
+func (s *Supervisor) me(r lease.Record) Member {
+	set, state, st := s.set, s.decision.State, s.volume.State()
 	broken := s.fails[ActHydrate] > 0 || s.fails[ActStart] > 0 || s.db.state().engineErr != ""
-	s.mu.Unlock()
-	st := s.volume.State()
-	return Member{
+	m := Member{
 		Instance: set.Instance, Incarnation: s.lease.Incarnation(), State: state,
 		Base: st.Base.ID, BaseSeq: st.Base.Seq, Zone: set.Zone, HTTP: set.HTTP.Listen, Version: s.cfg.Version,
-		Eligible: !set.Failover.NoFailover && state == StateStandby && !broken,
+		Priority: set.Failover.Priority,
+		Eligible: !set.Failover.Never() && state == StateStandby && !broken,
 	}
+	switch st.Phase {
+	case volsync.PhaseLive:
+		m.Newest = r.Continues(set.Instance, st.ID) && st.LiveTerm == r.Term
+	case volsync.PhaseClean:
+		m.Follows = r.Head != nil && st.Base.Seq+followsBehind >= r.Head.Seq
+	}
+	return m
 }
 
 func (s *Supervisor) memberFailed(err error) {
@@ -53,7 +90,8 @@ func (s *Supervisor) Live() api.Live {
 	db := s.db.state()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := api.Live{Role: s.role(v, db), Term: v.Record.Term, DatabaseAnswers: db.answers(s.clock.Now()), Beat: s.beat}
+	l := api.Live{Role: s.role(v, db), Term: v.Record.Term, DatabaseAnswers: db.answers(s.clock.Now()), Beat: s.beat,
+		NoLoadBalance: s.set.Replica.NoLoadBalance}
 	if v.Holding {
 		l.Deadline = v.Deadline
 	}
@@ -142,6 +180,25 @@ func (s *Supervisor) degraded(v lease.View, db dbState) []string {
 	return out
 }
 
+// unprotected says that the cluster does not take over by itself any more. It is nothing that a
+// health check should know: replacing instances would make it worse. s.mu is held.
+func (s *Supervisor) unprotected(v lease.View) []string {
+	most := s.set.Failover.MaxPerHour
+	switch {
+	case s.asks && most == 0:
+		return []string{fmt.Sprintf("ASKS FOR A PERSON: %s fell silent, and failover.max_per_hour is 0 here: `dbsupervisor failover` makes this instance the primary",
+			v.Record.Holder.Instance)}
+	case s.asks:
+		return []string{fmt.Sprintf("ASKS FOR A PERSON: %s fell silent, and there were %d failovers within the last hour already (failover.max_per_hour is %d). "+
+			"Find out why; then `dbsupervisor failover` makes this instance the primary, `dbsupervisor resume` lets the cluster go on by itself",
+			v.Record.Holder.Instance, v.Failovers, most)}
+	case most > 0 && v.Failovers >= most && v.Record.Term > 0:
+		return []string{fmt.Sprintf("there were %d failovers within the last hour (failover.max_per_hour is %d): if the primary is lost now, nobody takes over by itself. "+
+			"Find out why; then `dbsupervisor resume` counts anew", v.Failovers, most)}
+	}
+	return nil
+}
+
 // Status implements api.Agent. It waits for nothing: everything in it is already known.
 func (s *Supervisor) Status(context.Context) (api.Status, error) {
 	v := s.lease.View()
@@ -157,7 +214,7 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 	defer s.mu.Unlock()
 	r := v.Record
 	st := api.Status{
-		Role: s.role(v, db), State: string(s.decision.State), Degraded: s.degraded(v, db),
+		Role: s.role(v, db), State: string(s.decision.State), Degraded: append(s.degraded(v, db), s.unprotected(v)...),
 		Source: "agent", At: wall, Version: s.cfg.Version,
 		Cluster: s.set.Cluster, ClusterID: r.ClusterID, Instance: s.set.Instance,
 		Incarnation: s.lease.Incarnation(), Zone: s.set.Zone, Term: r.Term,
@@ -175,6 +232,8 @@ func (s *Supervisor) Status(context.Context) (api.Status, error) {
 			Commits: s.commits, Failures: s.failures, FreezeAborts: s.aborts, PredictedFreezeMS: s.predicted(),
 			Slowed: s.pace.Interval > 0, IntervalSeconds: s.interval(wall).Seconds()},
 		LastCommit: s.lastCommit, LastError: s.problem, Progress: s.progress.get(), History: hist, Upkeep: s.upkeepStatus(),
+		Failover: api.Failover{Priority: s.set.Failover.Priority, Never: s.set.Failover.Never(),
+			LastHour: v.Failovers, MaxPerHour: s.set.Failover.MaxPerHour, AsksForPerson: s.asks},
 		Gate:  api.Gate{Open: gateOpen, RemainingMS: gateLeft.Milliseconds(), Error: text(gateErr)},
 		Guard: api.Guard{OK: guardErr == nil, Error: text(guardErr)},
 	}
@@ -294,14 +353,29 @@ func (s *Supervisor) Switchover(ctx context.Context, req api.SwitchoverRequest, 
 		if err := s.members.refresh(s.set.Instance); err != nil {
 			return api.MoveResult{}, err
 		}
-		if _, ok := s.members.successor(req.To, s.memberWindow()); !ok {
+		if _, ok := s.members.successor(req.To, "", s.memberWindow()); !ok {
 			return api.MoveResult{}, api.WithHint(fmt.Errorf("%w: %s is not an eligible standby", api.ErrNoSuccessor, req.To), s.knownMembers())
 		}
 	}
 	if req.To == "" && !v.Holding {
 		req.To = s.set.Instance
 	}
+	if err := s.refuses(req.To); err != nil {
+		return api.MoveResult{}, err
+	}
 	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderSwitchover, Term: v.Record.Term, To: req.To}, report)
+}
+
+// refuses says why this instance, if it is the one named, can't take the term at all: the holder
+// would let go of it for nothing.
+func (s *Supervisor) refuses(to string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if to != s.set.Instance || !s.set.Failover.Never() {
+		return nil
+	}
+	return api.WithHint(fmt.Errorf("%w: %s never becomes primary", api.ErrNoSuccessor, to),
+		"name another instance with --to, or change failover.nofailover and failover.priority here")
 }
 
 func (s *Supervisor) knownMembers() string {
@@ -324,6 +398,9 @@ func (s *Supervisor) Failover(ctx context.Context, req api.FailoverRequest, repo
 	if req.To == "" && !v.Holding {
 		req.To = s.set.Instance
 	}
+	if req.Terminated && v.Holding {
+		return api.MoveResult{}, api.WithHint(errors.New("this instance is the primary, and it is here"), "leave --terminated out, or use `dbsupervisor switchover`, which loses nothing")
+	}
 	if req.To == v.Record.Holder.Instance {
 		return api.MoveResult{}, api.WithHint(fmt.Errorf("%s is the primary already", req.To), "name the instance that shall take over: --to")
 	}
@@ -331,11 +408,14 @@ func (s *Supervisor) Failover(ctx context.Context, req api.FailoverRequest, repo
 		if err := s.members.refresh(s.set.Instance); err != nil {
 			return api.MoveResult{}, err
 		}
-		if _, ok := s.members.successor(req.To, s.memberWindow()); !ok {
+		if _, ok := s.members.successor(req.To, "", s.memberWindow()); !ok {
 			return api.MoveResult{}, api.WithHint(fmt.Errorf("%w: %s is not an eligible standby", api.ErrNoSuccessor, req.To), s.knownMembers())
 		}
 	}
-	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderFailover, Term: v.Record.Term, To: req.To}, report)
+	if err := s.refuses(req.To); err != nil {
+		return api.MoveResult{}, err
+	}
+	return s.order(ctx, lease.Order{ID: s.nonce(), Kind: lease.OrderFailover, Term: v.Record.Term, To: req.To, Terminated: req.Terminated}, report)
 }
 
 // order leaves the order in the register and waits until another term has begun.

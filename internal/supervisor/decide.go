@@ -3,6 +3,8 @@
 package supervisor
 
 import (
+	"time"
+
 	"dbsupervisor/internal/lease"
 	volsync "dbsupervisor/internal/sync"
 )
@@ -44,16 +46,19 @@ const (
 
 // Observation is everything that decide looks at, taken at one moment.
 type Observation struct {
-	Self string // instance
+	Me     Member   // what this instance tells the others
+	Others []Member // that live; only filled in while the lease is free
 
 	// The register.
-	Known     bool         // a record has been read
-	Record    lease.Record // the newest one seen
-	Holding   bool         // our term, deadline ahead
-	Expired   bool         // we held the term and must not act on it any more
-	Resuming  bool         // an earlier start's term may still be ours; not settled yet
-	MayTake   bool         // the lease's rules allow an acquisition now
-	MayTakeIn bool         // ... and the courtesy to better prepared instances is over, too
+	Known     bool          // a record has been read
+	Record    lease.Record  // the newest one seen
+	Holding   bool          // our term, deadline ahead
+	Expired   bool          // we held the term and must not act on it any more
+	Resuming  bool          // an earlier start's term may still be ours; not settled yet
+	MayTake   bool          // the lease's rules allow an acquisition now
+	FreeFor   time.Duration // ... and have for so long; less than 0: they will, so much later
+	Step      time.Duration // how long each instance that goes first is given
+	Failovers int           // of the last hour that no person asked for
 
 	// The volume.
 	Volume   volsync.VolumeState
@@ -80,8 +85,9 @@ type Observation struct {
 	// Attempts that failed a moment ago and are not to be repeated yet.
 	Waiting map[Action]bool
 
-	NoFailover bool
-	Job        Action // what is under way
+	Never         bool   // this instance must not become primary
+	MostFailovers int    // in an hour; then a person is asked
+	Job           Action // what is under way
 }
 
 // Decision is decide's answer. Why goes into the log and the history.
@@ -138,6 +144,10 @@ func decideHolder(o Observation, d decider) Decision {
 	if order != nil && order.Term != o.Record.Term {
 		order = nil
 	}
+	if spent(o) {
+		// To move on its own account is a failover like any other: a person decides.
+		o.TooManyDie, o.CantStart, o.EngineLost = false, false, false
+	}
 	if o.Container && !o.OwnTerm {
 		return d(StateFencing, ActFence, "container belongs to another term")
 	}
@@ -148,7 +158,7 @@ func decideHolder(o Observation, d decider) Decision {
 		return d(StateHandoff, ActNone, "handing off")
 	case o.Stopping:
 		return d(StateHandoff, ActHandoff, "agent is stopped")
-	case order != nil && order.Kind == lease.OrderSwitchover && order.To != o.Self:
+	case order != nil && order.Kind == lease.OrderSwitchover && order.To != o.Me.Instance:
 		if !o.Waiting[ActHandoff] {
 			return d(StateHandoff, ActHandoff, "switchover ordered")
 		}
@@ -214,23 +224,27 @@ func decideTakeover(o Observation, d decider) Decision {
 }
 
 func decideStandby(o Observation, d decider) Decision {
-	r := o.Record
-	own := r.Holder.VolumeID == o.Volume.ID && r.Holder.VolumeID != ""
+	r, own := o.Record, ownTerm(o)
 	if o.Volume.Phase == volsync.PhaseLive && !(own && o.Volume.LiveTerm == r.Term) {
 		return d(StateStandby, ActSetAside, "another instance has held the term since this volume was written")
 	}
-	warm := r.Head == nil || o.Volume.Phase == volsync.PhaseLive ||
-		o.Volume.Phase == volsync.PhaseClean && o.Volume.Base.ID == r.Head.ID
-	// Paused forbids what happens by itself, not a planned move to this instance.
-	named := r.Released && r.Successor == o.Self
-	eligible := !o.NoFailover && !o.EngineDown && (!r.Paused || own || named)
-	if eligible && o.MayTake && !o.Waiting[ActHydrate] && (warm && !o.Shaky || o.MayTakeIn) {
+	// Paused forbids what happens by itself, not what a person asks for.
+	named := r.Released && r.Successor == o.Me.Instance
+	eligible := !o.Never && !o.EngineDown && (!r.Paused || own || named || r.Asked(o.Me.Instance)) && !needsPerson(o)
+	wait, to := turn(o)
+	if eligible && o.MayTake && !o.Waiting[ActHydrate] && o.FreeFor >= wait {
 		// An acquisition doesn't touch the volume, so it need not wait for a hydration
 		// that is under way; but the slot is taken then, and that is reported as ActNone.
 		return d(StateStandby, ActAcquire, "lease is free")
 	}
-	if !warm {
+	if !warm(o) {
 		return d(StateStandby, ActHydrate, "following head")
+	}
+	switch {
+	case eligible && o.MayTake && to != "":
+		return d(StateStandby, ActNone, "leaves the free lease to "+to)
+	case needsPerson(o):
+		return d(StateStandby, ActNone, "lease is free, but a person must ask for the next failover")
 	}
 	return d(StateStandby, ActNone, "warm")
 }

@@ -2,9 +2,15 @@ package supervisor
 
 import (
 	"testing"
+	"time"
 
 	"dbsupervisor/internal/lease"
 	volsync "dbsupervisor/internal/sync"
+)
+
+const (
+	ttl  = 10 * time.Second
+	step = 2 * time.Second
 )
 
 // Observations are built from a few words.
@@ -12,8 +18,9 @@ type with func(*Observation)
 
 func observation(ws ...with) Observation {
 	o := Observation{
-		Self: "a", Known: true, Waiting: map[Action]bool{},
-		Record: lease.Record{Term: 7, Holder: lease.Holder{Instance: "b", VolumeID: "vb"}, Head: &lease.Head{ID: "7-1-x", Seq: 1}},
+		Me: Member{Instance: "a", BaseSeq: 1, Priority: 100}, Known: true, Waiting: map[Action]bool{},
+		Step: step, MostFailovers: 4,
+		Record: lease.Record{Term: 7, TTL: lease.Duration(ttl), Holder: lease.Holder{Instance: "b", VolumeID: "vb"}, Head: &lease.Head{ID: "7-1-x", Seq: 1}},
 		Volume: volsync.VolumeState{ID: "va", Phase: volsync.PhaseClean, Base: volsync.SnapshotRef{ID: "7-1-x", Seq: 1}},
 	}
 	for _, w := range ws {
@@ -43,12 +50,38 @@ func phase(p volsync.Phase, base string) with {
 
 func noHead(o *Observation)      { o.Record.Head = nil }
 func mayTake(o *Observation)     { o.MayTake = true }
-func mayTakeLate(o *Observation) { o.MayTake, o.MayTakeIn = true, true }
+func mayTakeLate(o *Observation) { o.MayTake, o.FreeFor = true, ttl/2 }
 func expired(o *Observation)     { o.Expired = true }
 func stopping(o *Observation)    { o.Stopping = true }
 func syncDue(o *Observation)     { o.SyncDue = true }
 func paused(o *Observation)      { o.Record.Paused = true }
+func never(o *Observation)       { o.Never = true }
+func used(o *Observation)        { o.Failovers = o.MostFailovers }
 func ours(o *Observation)        { o.Record.Holder = lease.Holder{Instance: "a", VolumeID: "va"} }
+
+// rival adds a standby that lives, as fit as we are.
+func rival(name string, edits ...func(*Member)) with {
+	return func(o *Observation) {
+		m := o.Me
+		m.Instance, m.Eligible = name, true
+		for _, e := range edits {
+			e(&m)
+		}
+		o.Others = append(o.Others, m)
+	}
+}
+
+func prio(n int) func(*Member)     { return func(m *Member) { m.Priority = n } }
+func seq(n uint64) func(*Member)   { return func(m *Member) { m.BaseSeq = n } }
+func zone(z string) func(*Member)  { return func(m *Member) { m.Zone = z } }
+func unfit(m *Member)              { m.Eligible = false }
+func newest(m *Member)             { m.Newest = true }
+func me(e func(*Member)) with      { return func(o *Observation) { e(&o.Me) } }
+func lostIn(z string) with         { return func(o *Observation) { o.Record.Holder.Zone = z } }
+func freeFor(d time.Duration) with { return func(o *Observation) { o.MayTake, o.FreeFor = true, d } }
+func released(to string) with {
+	return func(o *Observation) { o.Record.Released, o.Record.Successor = true, to }
+}
 
 func engineDown(o *Observation) { o.EngineDown = true }
 func engineLost(o *Observation) { o.EngineLost = true }
@@ -90,7 +123,40 @@ func TestDecide(t *testing.T) {
 		{"nobody takes it while paused", observation(mayTakeLate, paused), StateStandby, ActNone},
 		{"a planned move is not stopped by pause", observation(mayTake, paused, func(o *Observation) { o.Record.Released, o.Record.Successor = true, "a" }), StateStandby, ActAcquire},
 		{"but the same instance goes on while paused", observation(mayTakeLate, paused, ours, live(7)), StateStandby, ActAcquire},
-		{"nofailover never takes it", observation(mayTakeLate, func(o *Observation) { o.NoFailover = true }), StateStandby, ActNone},
+		{"nofailover never takes it", observation(mayTakeLate, never), StateStandby, ActNone},
+		{"nor when it is asked to", observation(mayTakeLate, never, order(lease.OrderFailover, "a", 7)), StateStandby, ActNone},
+
+		{"a rival with the same copy and a later name is not waited for", observation(mayTake, rival("b")), StateStandby, ActAcquire},
+		{"one with a higher priority goes first", observation(mayTake, rival("b", prio(101))), StateStandby, ActNone},
+		{"but not for long", observation(freeFor(step), rival("b", prio(101))), StateStandby, ActAcquire},
+		{"each that goes first has a step of its own", observation(freeFor(step), rival("b", prio(101)), rival("c", prio(102))), StateStandby, ActNone},
+		{"up to a bound", observation(freeFor(3*step), rival("b", prio(101)), rival("c", prio(101)), rival("d", prio(101)), rival("e", prio(101))), StateStandby, ActAcquire},
+		{"one that could not is not waited for", observation(mayTake, rival("b", prio(101), unfit)), StateStandby, ActAcquire},
+		{"the fresher copy comes before the priority", observation(mayTake, rival("b", prio(101), seq(0))), StateStandby, ActAcquire},
+		{"a fresher rival goes first whatever its priority", observation(mayTakeLate, phase(volsync.PhaseClean, "old"), me(seq(0)), rival("b", prio(1), seq(1))), StateStandby, ActHydrate},
+		{"the last holder's own volume goes before all", observation(mayTake, rival("b", newest)), StateStandby, ActNone},
+		{"another zone than the lost primary's goes first", observation(mayTake, lostIn("z1"), me(zone("z1")), rival("b", zone("z2"))), StateStandby, ActNone},
+		{"priority comes before the zone", observation(mayTake, lostIn("z1"), me(zone("z1")), rival("b", zone("z2"), prio(99))), StateStandby, ActAcquire},
+		{"an unknown zone is no other zone", observation(mayTake, lostIn("z1"), me(zone("z1")), rival("b")), StateStandby, ActAcquire},
+		{"the successor that was named waits for nobody", observation(mayTake, released("a"), rival("b", prio(101))), StateStandby, ActAcquire},
+		{"whom a person named goes first", observation(mayTake, order(lease.OrderFailover, "b", 7), rival("b", prio(1))), StateStandby, ActNone},
+		{"and does not wait itself", observation(mayTake, order(lease.OrderFailover, "a", 7), rival("b", prio(101))), StateStandby, ActAcquire},
+		{"an order of an earlier term names nobody", observation(mayTake, order(lease.OrderFailover, "b", 6), rival("b", prio(1))), StateStandby, ActAcquire},
+		{"the first term has no order", observation(mayTake, noHead, phase(volsync.PhaseEmpty, ""), rival("b", prio(101)), func(o *Observation) { o.Record = lease.Record{} }), StateStandby, ActAcquire},
+
+		{"too many failovers: a person is asked", observation(mayTakeLate, used), StateStandby, ActNone},
+		{"it follows head meanwhile", observation(mayTakeLate, used, phase(volsync.PhaseClean, "old")), StateStandby, ActHydrate},
+		{"and takes over when it is asked to", observation(mayTakeLate, used, order(lease.OrderFailover, "a", 7)), StateStandby, ActAcquire},
+		{"not when another one is", observation(mayTakeLate, used, order(lease.OrderFailover, "b", 7)), StateStandby, ActNone},
+		{"a release needs no person", observation(mayTakeLate, used, released("b")), StateStandby, ActAcquire},
+		{"nor does going on with its own data", observation(mayTakeLate, used, ours, live(7)), StateStandby, ActAcquire},
+		{"nor the first term of all", observation(mayTake, noHead, phase(volsync.PhaseEmpty, ""), func(o *Observation) { o.Record, o.MostFailovers = lease.Record{}, 0 }), StateStandby, ActAcquire},
+		{"a person asks while paused", observation(mayTakeLate, paused, order(lease.OrderFailover, "a", 7)), StateStandby, ActAcquire},
+		{"database dies too often, but failovers are used up", observation(holding, live(7), used, func(o *Observation) { o.TooManyDie = true }), StateTakeover, ActStart},
+		{"can't be started here, but failovers are used up", observation(holding, live(7), used, func(o *Observation) { o.CantStart, o.CantHand = true, true }), StateTakeover, ActStart},
+		{"Docker is lost, but failovers are used up", observation(holding, live(7), used, engineDown, engineLost), StateTakeover, ActStart},
+		{"a switchover is done all the same", observation(holding, running, used, order(lease.OrderSwitchover, "b", 7)), StateHandoff, ActHandoff},
+		{"and so is a stop", observation(holding, running, used, stopping), StateHandoff, ActHandoff},
 		{"a fork is set aside before anything else", observation(mayTakeLate, live(6)), StateStandby, ActSetAside},
 		{"a fork of the same term but another volume, too", observation(mayTakeLate, live(7)), StateStandby, ActSetAside},
 		{"own newest data stays", observation(ours, live(7)), StateStandby, ActNone},
@@ -170,7 +236,12 @@ func TestDecideInvariants(t *testing.T) {
 							o.Container = bit(3)
 							o.Running = bit(4) && o.Container
 							o.OwnTerm = bit(5) && o.Container
-							o.Stopping, o.MayTake, o.MayTakeIn = bit(6), bit(7), bit(7) && bit(8)
+							o.Stopping, o.MayTake = bit(6), bit(7)
+							if bit(8) {
+								o.FreeFor = ttl / 2
+								used(&o)
+								rival("b", prio(101))(&o)
+							}
 							o.SyncDue, o.Baseline, o.Record.Paused = bit(9), bit(10), bit(11)
 							o.Volume.Phase, o.Volume.LiveTerm = ph, liveTerm
 							if bit(8) {
@@ -202,6 +273,9 @@ func TestDecideInvariants(t *testing.T) {
 							case ActAcquire:
 								if o.Holding || o.Container || !o.MayTake {
 									bad("acquires when it must not")
+								}
+								if bit(8) && !o.Record.Continues("a", "va") && (o.Record.Order == nil || o.Record.Order.Kind == lease.OrderRollback) {
+									bad("takes over although a person must ask")
 								}
 								if ph == volsync.PhaseLive && !(liveTerm == 7 && o.Record.Holder.VolumeID == "va") {
 									bad("acquires with a fork in the volume")

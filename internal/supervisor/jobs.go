@@ -117,16 +117,17 @@ func (s *Supervisor) fence(ctx context.Context) error {
 // yield is the primary's side of a forced failover: no last snapshot.
 func (s *Supervisor) yield(ctx context.Context) error {
 	to, why := "", "given up: the database could neither be started nor handed over here"
+	send := func(ctx context.Context, to string) error { return s.lease.MoveAway(ctx, to, false) }
 	if o := s.lease.View().Record.Order; o != nil && o.Kind == lease.OrderFailover {
-		to, why = o.To, "forced"
-	} else if m, ok := s.members.successor("", s.memberWindow()); ok {
+		to, why, send = o.To, "forced", s.lease.Release
+	} else if m, ok := s.members.successor("", s.set.Zone, s.memberWindow()); ok {
 		to = m.Instance
 	}
 	if err := s.db.kill(ctx); err != nil {
 		return fmt.Errorf("kill database: %w", err)
 	}
 	s.event("failover", "", why+"; writes since the last committed snapshot stay on this disk as a fork")
-	return s.release(ctx, to, s.lease.Release)
+	return s.release(ctx, to, send)
 }
 
 func (s *Supervisor) release(ctx context.Context, to string, send func(context.Context, string) error) error {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"path/filepath"
 	"slices"
 	"sort"
@@ -27,6 +28,9 @@ type Member struct {
 	State       State  `json:"state"`
 	Base        string `json:"base"` // ID of the snapshot that its volume holds
 	BaseSeq     uint64 `json:"base_seq"`
+	Newest      bool   `json:"newest,omitempty"`  // its volume is the last holder's own: it has more than head
+	Follows     bool   `json:"follows,omitempty"` // its volume is at head, or nearly
+	Priority    int    `json:"priority,omitempty"`
 	Eligible    bool   `json:"eligible"` // may become primary
 	HTTP        string `json:"http,omitempty"`
 	Zone        string `json:"zone,omitempty"`
@@ -236,32 +240,36 @@ func (ms *members) alive(within time.Duration) []Member {
 	return out
 }
 
-// successor picks who should take over: the one asked for, else the one with the newest
-// data. "" and false: nobody that could.
-func (ms *members) successor(want string, within time.Duration) (Member, bool) {
+// successor picks who should take over from an instance in zone from: the one asked for, else
+// the first in the order of takeovers. Whoever follows head counts as being there: how old its
+// last beat is shall not decide. "" and false: nobody that could.
+func (ms *members) successor(want, from string, within time.Duration) (Member, bool) {
 	var best Member
 	found := false
 	for _, m := range ms.alive(within) {
 		if !m.Eligible || want != "" && m.Instance != want {
 			continue
 		}
-		if !found || m.BaseSeq > best.BaseSeq {
+		if m.Follows {
+			m.BaseSeq = math.MaxUint64
+		}
+		if !found || goesFirst(m, best, "", from) {
 			best, found = m, true
 		}
 	}
 	return best, found
 }
 
-// run beats until ctx ends, and whenever changed is called. A share that hangs only makes
-// the beats stop.
-func (ms *members) run(ctx context.Context, every time.Duration, self func() Member, nonce func() string, failed func(error)) {
+// run beats until ctx ends, every so often, and whenever changed is called. A share that hangs
+// only makes the beats stop.
+func (ms *members) run(ctx context.Context, every func() time.Duration, self func() Member, nonce func() string, failed func(error)) {
 	for ctx.Err() == nil {
 		wait, cancel := context.WithCancel(ctx)
 		ms.mu.Lock()
 		ms.kick = cancel
 		ms.mu.Unlock()
 		failed(ms.beat(self(), nonce()))
-		_ = ms.clock.WaitUntil(wait, ms.clock.Now().Add(every)) // either way it is time for the next beat
+		_ = ms.clock.WaitUntil(wait, ms.clock.Now().Add(every())) // either way it is time for the next beat
 		cancel()
 	}
 }

@@ -43,7 +43,7 @@ func TestMembers(t *testing.T) {
 		t.Errorf("want b, c and d alive, got %+v", got)
 	}
 	for want, expect := range map[string]string{"": "c", "b": "b", "d": "", "nobody": ""} {
-		m, ok := a.successor(want, window)
+		m, ok := a.successor(want, "", window)
 		if m.Instance != expect || ok != (expect != "") {
 			t.Errorf("successor(%q) = %q, %v; want %q", want, m.Instance, ok, expect)
 		}

@@ -232,6 +232,11 @@ func (s *Supervisor) handoff(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	send := s.lease.HandOver
+	if o := v.Record.Order; !stopping && (o == nil || o.Term != v.Record.Term) {
+		// Nobody asked for it: the database can't go on here.
+		send = func(ctx context.Context, to string) error { return s.lease.MoveAway(ctx, to, true) }
+	}
 	began := s.clock.Now()
 	s.event("handoff", "", "to "+orNobody(to))
 	if err := s.announce(ctx, v, to); err != nil {
@@ -265,7 +270,7 @@ func (s *Supervisor) handoff(ctx context.Context) error {
 	if err := s.lastSnapshot(ctx); err != nil {
 		return s.cancelHandoff(ctx, err)
 	}
-	if err := s.release(ctx, to, s.lease.HandOver); err != nil {
+	if err := s.release(ctx, to, send); err != nil {
 		// It may have arrived. The lease counts as given up, and the local volume is clean.
 		return err
 	}
@@ -343,7 +348,7 @@ func (s *Supervisor) chooseSuccessor(ctx context.Context, v lease.View, stopping
 				s.log.Warn("other instances not looked up", "error", err)
 			}
 		}
-		if m, ok := s.members.successor(want, s.memberWindow()); ok {
+		if m, ok := s.members.successor(want, s.set.Zone, s.memberWindow()); ok {
 			return m.Instance, nil
 		}
 	}

@@ -81,6 +81,8 @@ type Supervisor struct {
 	restarting bool
 	fatal      error            // the lease can't work; ends Run once nothing of ours runs
 	yielded    boottime.Instant // when this incarnation last gave the term up
+	muster     bool             // the holder is silent: standbys announce themselves more often
+	asks       bool             // the lease is free, and a person is waited for
 
 	schedule   cron.Schedule
 	nextSync   boottime.Instant
@@ -196,7 +198,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	go s.runUpkeep(base) // waits for the share, too
 	// The share may hang: nothing that waits for it is waited for at the end.
-	go s.members.run(base, memberEvery, s.member, s.nonce, s.memberFailed)
+	go s.members.run(base, s.beatEvery, s.member, s.nonce, s.memberFailed)
 
 	stop := ctx.Done()
 	ticker := time.NewTicker(tick)
@@ -353,8 +355,25 @@ func (s *Supervisor) step(base context.Context) bool {
 	d := decide(o)
 	old := s.decision
 	s.decision = d
+	asks := needsPerson(o)
+	asked := asks != s.asks
+	s.asks = asks
 	s.mu.Unlock()
 	s.cfg.Notify("WATCHDOG=1")
+	if old.State == d.State && old.Why != d.Why && d.State == StateStandby && o.MayTake {
+		s.log.Info("lease is free", "term", o.Record.Term, "why", d.Why)
+	}
+	if d.State == StateStandby && d.Action == ActNone {
+		// Its turn is not noticed by the next tick, but when it comes.
+		if wait, _ := turn(o); wait > o.FreeFor && wait-o.FreeFor < tick {
+			time.AfterFunc(wait-o.FreeFor, s.poke)
+		}
+	}
+	if asked && asks {
+		s.event("asks for a person", "", fmt.Sprintf("%s fell silent after %d failovers within the last hour (failover.max_per_hour is %d): `dbsupervisor failover` or `dbsupervisor resume`",
+			o.Record.Holder.Instance, o.Failovers, o.MostFailovers))
+		s.log.Error("failovers of this hour are used up, a person must ask for the next", "silent", o.Record.Holder.Instance, "failovers", o.Failovers)
+	}
 	if old.State != d.State {
 		s.transition(old.State, d, o.Record.Term)
 	}
@@ -407,14 +426,14 @@ func (s *Supervisor) observe() Observation {
 	s.ages.note(v)
 	db := s.db.state()
 	o := Observation{
-		Self: s.set.Instance, Known: v.Loaded, Record: v.Record,
+		Me: s.me(v.Record), Known: v.Loaded, Record: v.Record,
 		Holding: v.Holding, Expired: v.Expired, Resuming: s.resuming,
 		Volume:    s.volume.State(),
 		Container: db.exists, Running: db.running, OwnTerm: db.exists && db.term == v.Record.Term,
 		TooManyDie: db.tooMany,
 		Stopping:   s.stopping || s.fatal != nil, Restarting: s.restarting,
-		NoFailover: s.set.Failover.NoFailover,
-		Job:        s.job, Waiting: map[Action]bool{},
+		Never: s.set.Failover.Never(), Failovers: v.Failovers, MostFailovers: s.set.Failover.MaxPerHour,
+		Job: s.job, Waiting: map[Action]bool{},
 	}
 	o.Unserved = db.running && !db.serving
 	o.Shaky = s.fails[ActStart] > 0
@@ -423,7 +442,7 @@ func (s *Supervisor) observe() Observation {
 	}
 	if v.Holding && !db.serving && s.fails[ActStart]+s.fails[ActHydrate]+s.fails[ActSetAside] >= hopeless &&
 		now.Sub(s.servedAt) > time.Duration(v.Record.TTL) {
-		_, o.CantStart = s.members.successor("", s.memberWindow())
+		_, o.CantStart = s.members.successor("", s.set.Zone, s.memberWindow())
 		o.CantHand = s.fails[ActHandoff] >= 2
 	}
 	o.EngineDown, o.EngineLost = db.engineErr != "", db.engineLost(now)
@@ -450,9 +469,17 @@ func (s *Supervisor) observe() Observation {
 			// Whoever gave the term up lets the others try first.
 			at = max(at, s.yielded.Add(ttl+ttl/2))
 		}
-		o.MayTake = now >= at
-		o.MayTakeIn = now >= max(at, v.SeenSince).Add(ttl/2) || v.Record.Term == 0 ||
-			v.Record.Holder.Instance == s.set.Instance && v.Record.Released
+		o.MayTake, o.Step = now >= at, s.set.Lease.RenewInterval
+		o.FreeFor = now.Sub(max(at, v.SeenSince))
+		if o.MayTake {
+			o.Others = s.members.alive(s.rivalWindow(v.Record))
+		}
+	}
+	if muster := v.Loaded && !v.Holding && awaits(v.Record, now.Sub(v.SeenSince)); muster != s.muster {
+		s.muster = muster
+		if muster {
+			s.members.changed()
+		}
 	}
 	o.SyncDue = s.syncWanted || len(s.syncNext) > 0 || now >= s.nextSync
 	o.RetainDue = now >= s.retainAt
@@ -513,12 +540,13 @@ func (s *Supervisor) reload(set *config.Config) {
 	// A copy: others may hold the old one.
 	merged := *s.set
 	merged.Sync, merged.Retention, merged.Failover, merged.Handoff = set.Sync, set.Retention, set.Failover, set.Handoff
+	merged.Replica.NoLoadBalance = set.Replica.NoLoadBalance
 	s.set = &merged
 	s.pace.Interval = 0 // learnt anew from the next snapshot
 	s.armSchedule()
 	s.mu.Unlock()
 	s.log.Info("configuration reloaded", "schedule", set.Sync.Schedule)
-	s.event("reloaded", "", "sync, retention and failover settings taken from the configuration file; others need an agent restart")
+	s.event("reloaded", "", "sync, retention and failover settings and replica.noloadbalance taken from the configuration file; others need an agent restart")
 }
 
 // Close gives up what New has taken (the instance's lock). It tells the register nothing.

@@ -16,6 +16,8 @@ type figure struct {
 	// is set; nil where nothing is asked for.
 	goal  *float64
 	least bool
+	// middle is what the median must not exceed, where that is asked for besides.
+	middle *float64
 }
 
 // atMost sets a goal.
@@ -62,7 +64,11 @@ func (f *figure) rows() []row {
 	if f.tail {
 		out = append(out, line(", p50", f.median(), f.unit, f.goal), line(", p99", f.at(0.99), f.unit, f.goal))
 	} else {
-		out = append(out, line("", f.median(), f.unit, f.goal))
+		goal := f.goal
+		if f.middle != nil {
+			goal = f.middle
+		}
+		out = append(out, line("", f.median(), f.unit, goal))
 	}
 	low, high := (*float64)(nil), f.goal
 	if f.least {
@@ -79,7 +85,7 @@ func (f *figure) met() *bool {
 	if f.goal == nil || len(f.samples) == 0 {
 		return nil
 	}
-	ok := f.reaches(f.highest()) && f.reaches(f.lowest())
+	ok := f.reaches(f.highest()) && f.reaches(f.lowest()) && (f.middle == nil || f.median() <= *f.middle)
 	return &ok
 }
 

@@ -29,6 +29,9 @@ func (f *figure) cells() []string {
 	}
 	if met := f.met(); met != nil {
 		c[7] = map[bool]string{false: "at most ", true: "at least "}[f.least] + number(*f.goal)
+		if f.middle != nil {
+			c[7] += ", median " + number(*f.middle)
+		}
 		c[8] = map[bool]string{true: "yes", false: "NO"}[*met]
 	}
 	return c

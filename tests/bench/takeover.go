@@ -17,7 +17,8 @@ killed with SIGKILL; the clock runs from right before the first of these signals
 acknowledgement by the other instance. The kills are spread evenly over the time between two
 snapshots. Then the lost instance comes back with an empty disk,
 and the roles are turned round. *Lease* is from the kill to the acquisition, *start* from
-there to the first acknowledgement. The standby can see the end of a lease only a whole TTL
+there to the first acknowledgement. *Between two acknowledged writes* is what a client misses: from
+the last acknowledgement by the one to the first by the other. The standby can see the end of a lease only a whole TTL
 after its last renewal, which is up to %s old at the kill.`, r.ttl, r.every, r.c.Renew)
 }
 
@@ -53,6 +54,10 @@ func (r *rig) takeover(ctx context.Context, s *section) error {
 			return err
 		}
 		if k < r.takeovers-1 {
+			// After so many failovers within an hour a person would be asked.
+			if err := api.NewClient(to.RunDir).Pause(ctx, false); err != nil {
+				return err
+			}
 			if err := from.EraseDisk(); err != nil {
 				return err
 			}
@@ -130,7 +135,9 @@ func (r *rig) kill(ctx context.Context, s *section, w *cluster.Writer, from, to 
 	}
 	limit := (r.ttl + 5*time.Second).Seconds()
 	s.add("kill to first acknowledged write", "s", acks[at].At.Sub(killed).Seconds()).goal = &limit
-	s.add("between two acknowledged writes", "s", acks[at].At.Sub(acks[at-1].At).Seconds())
+	between := s.add("between two acknowledged writes", "s", acks[at].At.Sub(acks[at-1].At).Seconds())
+	middle := (r.ttl + 2*time.Second).Seconds()
+	between.goal, between.middle = &limit, &middle
 	evs, err := api.NewClient(to.RunDir).History(ctx, 50)
 	if err != nil {
 		return err

@@ -419,8 +419,14 @@ func (i *Instance) Status(ctx context.Context) (api.Status, error) {
 	return api.NewClient(i.RunDir).Status(ctx)
 }
 
+// healthPatience is how long a load balancer would wait: an agent that is stopped takes the
+// connection and never answers.
+const healthPatience = time.Second
+
 // Is asks an HTTP endpoint ("primary", "replica", "health") and says whether it is 200.
 func (i *Instance) Is(ctx context.Context, endpoint string) bool {
+	ctx, cancel := context.WithTimeout(ctx, healthPatience)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/%s", i.HTTP, endpoint), nil)
 	if err != nil {
 		return false

@@ -33,6 +33,7 @@ const (
 	RuleRelease   = "release"   // by the holder; a released term is never renewed
 	RuleBystander = "bystander" // others than the holder change nothing but order and pause
 	RuleOrder     = "order"     // ends with the term
+	RuleFailovers = "failovers" // a takeover that nobody asked for is counted
 )
 
 // Check returns every violation in records, which must be consecutive and ascending, as a
@@ -123,6 +124,10 @@ func (c *checker) takeover(prev, cur *lease.Record) {
 	if cur.Order != nil {
 		c.add(cur, RuleOrder, "order %s survived the takeover", cur.Order.ID)
 	}
+	unasked := prev.Term > 0 && !prev.Released && !prev.Asked(cur.Holder.Instance) && !prev.Continues(cur.Holder.Instance, cur.Holder.VolumeID)
+	if n := len(cur.Failovers); unasked && (n == 0 || cur.Failovers[n-1] != 0) {
+		c.add(cur, RuleFailovers, "not counted: %v follows %v", cur.Failovers, prev.Failovers)
+	}
 }
 
 func (c *checker) sameTerm(prev, cur *lease.Record) {
@@ -138,7 +143,7 @@ func (c *checker) sameTerm(prev, cur *lease.Record) {
 		if !cur.Released || cur.Successor != prev.Successor {
 			c.add(cur, RuleRelease, "the release was taken back")
 		}
-		if byHolder && cur.Paused == prev.Paused {
+		if byHolder && cur.Paused == prev.Paused && len(cur.Failovers) >= len(prev.Failovers) {
 			c.add(cur, RuleRelease, "renewed after its release")
 		}
 	} else if cur.Released && !byHolder {

@@ -147,8 +147,9 @@ func testFields(t *testing.T, b Backend) {
 		GCSeq:  4, Catalog: "catalogs/1", CatalogHash: "ab", ImageDigest: "sha256:1",
 		Released: true, Complete: true, Inherited: true, Successor: "g", Paused: true,
 		Answer:   &lease.Answer{Order: "p", Error: "q", Hint: "r"},
-		Order:    &lease.Order{ID: "o", Kind: lease.OrderRollback, Term: 7, To: "h", Snapshot: "s"},
+		Order:    &lease.Order{ID: "o", Kind: lease.OrderRollback, Term: 7, To: "h", Snapshot: "s", Terminated: true},
 		CleanSeq: 1<<64 - 1, HeadAge: lease.Duration(time.Second), By: "i", Wall: now,
+		Failovers: []lease.Duration{lease.Duration(time.Hour - time.Millisecond), 0},
 	}
 	for f := range reflect.ValueOf(want).NumField() {
 		name := reflect.TypeOf(want).Field(f).Name
