@@ -231,6 +231,8 @@ func (p *pass) round(ctx context.Context, kind roundKind, workers int) error {
 	}
 	defer root.Close()
 	r := &reader{fs: p.v.fs, root: root, spool: p.p.spool, tolerant: !frozen, progress: p.req.Progress, handles: p.handles}
+	// The rounds after the first must be short: the freeze reads what is written meanwhile.
+	r.gently = kind == roundSync && !p.req.NoFreeze
 	if frozen {
 		r.hold, r.arena = holdMost, p.arena
 	}

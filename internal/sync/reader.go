@@ -75,6 +75,7 @@ type reader struct {
 	root     *os.File
 	spool    *spool
 	tolerant bool // files may vanish: the database is running
+	gently   bool // it has a better claim to the processors
 	progress Progress
 	handles  *handles // files that stay open for later rounds; may be nil
 	bytes    atomic.Int64
@@ -121,7 +122,7 @@ func (r *reader) run(ctx context.Context, jobs []*readJob, workers int) error {
 	var next atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)
 	for range min(max(workers, 1), len(tasks)) {
-		g.Go(func() error {
+		work := func() error {
 			for {
 				i := next.Add(1) - 1
 				if i >= int64(len(tasks)) {
@@ -134,7 +135,11 @@ func (r *reader) run(ctx context.Context, jobs []*readJob, workers int) error {
 					return err
 				}
 			}
-		})
+		}
+		if r.gently {
+			work = gently(work)
+		}
+		g.Go(work)
 	}
 	err := g.Wait()
 	for _, j := range jobs {
