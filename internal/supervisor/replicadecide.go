@@ -49,7 +49,7 @@ func decideReplica(o replicaObservation) (replicaAction, string) {
 		return repEnd, "its sessions are over"
 	case o.Serving && o.ServingDead:
 		return repDrop, "its container has died"
-	case o.Serving && o.Primary:
+	case o.Serving && o.Primary && !o.Draining:
 		return repRetire, "this instance is primary"
 	case !o.Standby:
 		return repNone, "not a standby"
