@@ -294,9 +294,10 @@ func (f *follower) lookAtOpen(ctx context.Context, inos []uint64) error {
 		if key != n.key || n.meta.Mode != uint32(st.Mode)&0o7777 || n.meta.UID != st.Uid || n.meta.GID != st.Gid {
 			m := *n.meta // others may have it
 			m.Mode, m.UID, m.GID, m.MTime, m.Size = uint32(st.Mode)&0o7777, st.Uid, st.Gid, key.MTime, key.Size
-			n.key, n.alloc, n.meta = key, int64(st.Blocks)*512, &m
+			n.key, n.meta = key, &m
 			f.now.ids[n.id] = true
 		}
+		n.alloc = int64(st.Blocks) * 512 // which a time need not show
 		f.fresh = append(f.fresh, n)
 	}
 	return nil

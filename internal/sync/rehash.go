@@ -16,6 +16,7 @@ type rehash struct {
 	order    []FileID // files still to be read in this round
 	block    uint64   // of the first
 	suspects []suspect
+	sweep    []FileID // files whose stats are still to be compared in this round
 }
 
 // suspect is a block that was found to differ from the index. Whether that had been
@@ -55,6 +56,7 @@ func (v *Volume) Rehash(ctx context.Context, bytes int64) error {
 		return fmt.Errorf("prove the tracker: %w", err)
 	}
 	defer root.Close()
+	v.sweepStats(int(root.Fd()))
 	buf := make([]byte, rehashStep*BlockSize)
 	for bytes > 0 && ctx.Err() == nil {
 		n, x := v.nextRehash()
@@ -68,6 +70,42 @@ func (v *Volume) Rehash(ctx context.Context, bytes int64) error {
 		bytes -= max(read, BlockSize) // looking at nothing isn't free either
 	}
 	return ctx.Err()
+}
+
+// sweepStep is how many files' stats are compared in one call.
+const sweepStep = 256
+
+// sweepStats compares what stat says of some files, in turn, with what is known, and has the
+// next capture look at the names of those that differ. There is one thing that changes a time
+// and is reported by nothing: an operation that XFS refuses after it has moved mtime.
+func (v *Volume) sweepStats(root int) {
+	f, r := v.follow, &v.rehash
+	for range sweepStep {
+		if len(r.sweep) == 0 {
+			for id, n := range f.now.byID {
+				if n.typ == TypeRegular {
+					r.sweep = append(r.sweep, id)
+				}
+			}
+			if len(r.sweep) == 0 {
+				return
+			}
+			inOrder(r.sweep)
+		}
+		n := f.now.byID[r.sweep[0]]
+		if r.sweep = r.sweep[1:]; n != nil {
+			for _, name := range n.names {
+				var st unix.Statx_t
+				err := unix.Statx(root, name, unix.AT_SYMLINK_NOFOLLOW, statMask, &st)
+				if err != nil || keyOf(&st) != n.key {
+					f.names[name] = true
+				}
+			}
+		}
+		if len(r.sweep) == 0 {
+			return
+		}
+	}
 }
 
 // nextRehash is the file to go on with.

@@ -2,6 +2,7 @@ package sync
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -39,6 +40,39 @@ func TestVolumeRandomKernel(t *testing.T) {
 func TestVolumeRandomHashed(t *testing.T) {
 	volKernel(t, func(t *testing.T, temp func() string) {
 		volRandom(t, volKit{checks: 6, temp: temp, hand: newVolOther(t)})
+	})
+}
+
+// TestTrackedRefused: XFS moves mtime before it refuses an operation, and nothing reports it. The
+// sweep finds it.
+func TestTrackedRefused(t *testing.T) {
+	volKernel(t, func(t *testing.T, temp func() string) {
+		rig, dir, hand := newVolRig(t), temp(), newVolOther(t)
+		rig.temp = temp
+		v := rig.open(dir, func(c *VolumeConfig) { c.Tier = TierTracked })
+		t.Cleanup(func() { _ = track.Discard(filepath.Join(pinRoot, pinName(dir))) })
+		volOK(t, v.MarkLive(t.Context(), 1))
+		volOK(t, v.Baseline(t.Context(), rig.store, SnapshotRef{}))
+		for i := range sweepStep { // more than one call's
+			volOK(t, hand.do(volOp{Do: "write", Path: filepath.Join(v.Path(), fmt.Sprint("f", i)), Data: volData(byte(i), 10)}))
+		}
+		p := filepath.Join(v.Path(), "z")
+		volOK(t, hand.do(volOp{Do: "write", Path: p, Data: volData(1, 2*BlockSize)}))
+		rig.snapshot(v, CaptureRequest{})
+		before := volDescribe(t, v.Path())["z"].MTime
+		if err := hand.do(volOp{Do: "fallocate", Path: p, Mode: unix.FALLOC_FL_COLLAPSE_RANGE, Off: BlockSize, N: 2 * BlockSize}); err == nil {
+			t.Fatal("collapsing beyond the end was not refused")
+		}
+		if moved := volDescribe(t, v.Path())["z"].MTime != before; !moved {
+			t.Log("mtime has not moved")
+		}
+		volOK(t, v.Rehash(t.Context(), BlockSize))
+		volOK(t, v.Rehash(t.Context(), BlockSize))
+		_, ref := rig.snapshot(v, CaptureRequest{})
+		volSame(t, "after a refusal", volDescribe(t, v.Path()), rig.restored(ref))
+		if v.Tracking().Alarms != 0 {
+			t.Error("an alarm for nothing")
+		}
 	})
 }
 
