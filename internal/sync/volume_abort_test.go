@@ -471,8 +471,12 @@ func volAborted(t *testing.T, tier string, temp func() string, seed uint64, roun
 	s := &saboteur{fired: map[abortPlan]int{}, steps: map[string]bool{}, late: 60 * time.Millisecond}
 	a := &aborting{t: t, ctx: t.Context(), rig: newVolRig(t), s: s, hand: newVolOther(t),
 		rnd: rand.New(rand.NewPCG(seed, 3)), tracked: tier == TierTracked}
-	a.rig.temp = temp
-	dir := temp()
+	dir, last := temp(), ""
+	a.rig.temp = func() string { // one restored copy at a time
+		volOK(t, os.RemoveAll(last))
+		last = temp()
+		return last
+	}
 	if a.tracked {
 		t.Cleanup(func() { _ = track.Discard(filepath.Join(pinRoot, pinName(dir))) })
 	}

@@ -13,6 +13,8 @@ func TestMain(m *testing.M) {
 		os.Exit(writerMain())
 	case "sparse":
 		os.Exit(sparseMain())
+	case "exchange":
+		os.Exit(exchangeMain())
 	case "agent":
 		os.Exit(agentMain())
 	}

@@ -101,14 +101,14 @@ func TestForeignPins(t *testing.T) {
 			t.Errorf("another key: lost %q", c.Lost)
 		}
 		must(t, tr.Close())
-		v.remount(t)
+		v.remount(t, nil)
 		tr, err = Open(Config{Root: v.root, Pin: v.pin, Key: "other"})
 		must(t, err)
 		defer tr.Close()
 		if c := drain(t, tr); !strings.Contains(c.Lost, "another volume, mount") {
 			t.Errorf("mounted again: lost %q", c.Lost)
 		}
-		v.remount(t)
+		v.remount(t, nil)
 		if c := drain(t, tr); c.Lost == "" || c.NamesLost == "" {
 			t.Errorf("mounted again under an open tracker: lost %q, names %q", c.Lost, c.NamesLost)
 		}

@@ -78,9 +78,13 @@ func newVolume(t testing.TB, fs string, mib int64) *volume {
 	return v
 }
 
-func (v *volume) remount(t testing.TB) {
+// remount calls between, which may be nil, while nothing is mounted.
+func (v *volume) remount(t testing.TB, between func(image string)) {
 	t.Helper()
 	must(t, unix.Unmount(v.top, 0))
+	if between != nil {
+		between(filepath.Join(filepath.Dir(v.top), "image"))
+	}
 	out, err := exec.CommandContext(context.Background(), "mount", "-o", "loop", filepath.Join(filepath.Dir(v.top), "image"), v.top).CombinedOutput()
 	if err != nil {
 		t.Fatalf("mount: %v %s", err, out)
