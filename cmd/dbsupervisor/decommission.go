@@ -61,6 +61,9 @@ func (a *app) decommission(ctx context.Context, cfg *config.Config, erase, yes b
 	if err := removeContainers(ctx, cfg); err != nil {
 		return fail(err)
 	}
+	if err := fence.NewSwitch(fence.SwitchConfig{Table: switchTable(cfg)}).Remove(ctx); err != nil {
+		return err
+	}
 	gate := fence.NewGate(fence.GateConfig{Table: gateTable(cfg), Ports: hostPorts(cfg), Clock: boottime.Real{}, Log: hclog.NewNullLogger()})
 	if err := gate.Remove(ctx); err != nil {
 		return fail(err)

@@ -248,6 +248,9 @@ func gateTable(cfg *config.Config) string {
 	return "dbsupervisor-" + cfg.Cluster + "-" + strings.ReplaceAll(cfg.Instance, ".", "_")
 }
 
+// switchTable names the table that leads the read ports.
+func switchTable(cfg *config.Config) string { return gateTable(cfg) + "-r" }
+
 func hostPorts(cfg *config.Config) []uint16 {
 	var out []uint16
 	for _, p := range cfg.Database.Ports {
@@ -269,7 +272,7 @@ func replicaParts(cfg *config.Config) (func(supervisor.Containers) *supervisor.R
 	}
 	return func(docker supervisor.Containers) *supervisor.ReplicaConfig {
 		return &supervisor.ReplicaConfig{
-			Switch: fence.NewSwitch(fence.SwitchConfig{Table: gateTable(cfg) + "-r", Ports: ports}),
+			Switch: fence.NewSwitch(fence.SwitchConfig{Table: switchTable(cfg), Ports: ports}),
 			Spec:   spec, Probe: newProbe(docker, cfg, cfg.Replica.ReadOnly.Probe),
 		}
 	}, nil

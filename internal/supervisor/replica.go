@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -40,6 +41,9 @@ const (
 	drainGrace = time.Second
 	// replicaStop is how long a copy may take to end when its sessions are cut.
 	replicaStop = 5 * time.Second
+	// correctEvery is how often it is looked whether the kernel still leads the read ports to
+	// the copy that serves.
+	correctEvery = 10 * time.Second
 	// freshEvery is how often the age of what is served is written down for the next agent.
 	freshEvery = 5 * time.Second
 )
@@ -63,6 +67,9 @@ type replica struct {
 	fail   func(what string, err error)
 
 	schedule cron.Schedule // nil: any time
+
+	// switching holds the kernel's state and serving together: correct looks at both.
+	switching sync.Mutex
 
 	mu       sync.Mutex
 	set      *config.Config
@@ -142,7 +149,7 @@ func (r *replica) step(ctx context.Context) {
 		err = r.shutdown(ctx)
 	}
 	if a != repNone {
-		r.log.Info("replica", "action", string(a), "why", why, "error", err)
+		r.log.Info("replica changed", "action", string(a), "why", why, "succeeded", err == nil)
 	}
 	if err != nil && ctx.Err() == nil && a != repStart {
 		r.fail("replica: "+string(a)+" failed", err)
@@ -243,6 +250,7 @@ func (r *replica) refresh(base context.Context) error {
 		return nil
 	}
 	r.mu.Unlock()
+	r.correct(base) // whatever the kernel took of a switch that failed
 	cerr := r.clearAway(base, g)
 	if ctx.Err() != nil {
 		return errors.Join(err, cerr) // given up
@@ -281,6 +289,8 @@ func (r *replica) switchTo(ctx context.Context, g *generation) error {
 	if err := g.save(); err != nil {
 		return err
 	}
+	r.switching.Lock()
+	defer r.switching.Unlock()
 	if err := r.cfg.Switch.Lead(ctx, r.targets(g)...); err != nil {
 		return err
 	}
@@ -299,6 +309,9 @@ func (r *replica) switchTo(ctx context.Context, g *generation) error {
 // targets are where the stable ports lead with this copy.
 func (r *replica) targets(g *generation) []fence.Target {
 	var out []fence.Target
+	if g == nil {
+		return nil
+	}
 	ip, err := netip.ParseAddr(g.info.IP)
 	if err != nil {
 		return nil
@@ -310,8 +323,34 @@ func (r *replica) targets(g *generation) []fence.Target {
 	return out
 }
 
+// correct makes the kernel lead the read ports to the copy that serves, if it does not:
+// somebody has flushed the rules, or a switch failed half-way.
+func (r *replica) correct(ctx context.Context) {
+	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
+	defer cancel()
+	r.switching.Lock()
+	defer r.switching.Unlock()
+	r.mu.Lock()
+	g := r.serving
+	r.mu.Unlock()
+	want := r.targets(g)
+	have, err := r.cfg.Switch.Leads(cctx)
+	if err == nil && slices.Equal(have, want) {
+		return
+	}
+	if err == nil {
+		r.log.Warn("read ports do not lead where they should, leading them anew", "have", fmt.Sprint(have), "want", fmt.Sprint(want))
+		err = r.cfg.Switch.Lead(cctx, want...)
+	}
+	if err != nil {
+		r.log.Error("read ports not corrected", "error", err)
+	}
+}
+
 // retire closes the read port and lets the sessions end.
 func (r *replica) retire(ctx context.Context) error {
+	r.switching.Lock()
+	defer r.switching.Unlock()
 	if err := r.cfg.Switch.Lead(ctx); err != nil {
 		return err
 	}
@@ -326,13 +365,18 @@ func (r *replica) retire(ctx context.Context) error {
 
 // drop clears a dead copy away.
 func (r *replica) drop(ctx context.Context) error {
-	if err := r.cfg.Switch.Lead(ctx); err != nil {
-		return err
-	}
+	r.switching.Lock()
+	err := r.cfg.Switch.Lead(ctx)
 	r.mu.Lock()
 	g := r.serving
-	r.serving = nil
+	if err == nil {
+		r.serving = nil
+	}
 	r.mu.Unlock()
+	r.switching.Unlock()
+	if err != nil {
+		return err
+	}
 	return r.clearAway(ctx, g)
 }
 
@@ -364,10 +408,15 @@ func (r *replica) shutdown(ctx context.Context) error {
 
 // watch asks the copy that serves, again and again, whether it answers.
 func (r *replica) watch(ctx context.Context) {
+	corrected := r.clock.Now()
 	for r.clock.WaitUntil(ctx, r.clock.Now().Add(r.config().Database.ProbeInterval)) == nil {
 		r.mu.Lock()
 		g := r.serving
 		r.mu.Unlock()
+		if now := r.clock.Now(); now.Sub(corrected) >= correctEvery {
+			corrected = now
+			r.correct(ctx)
+		}
 		if g == nil {
 			continue
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"dbsupervisor/tests/cluster"
+	"dbsupervisor/tests/efssim"
 )
 
 type environment struct{ binary, root string }
@@ -21,7 +22,12 @@ type environment struct{ binary, root string }
 //nolint:gochecknoglobals // set once by TestMain, the only way to hand something to tests
 var env environment
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+func TestMain(m *testing.M) {
+	if code, asked := efssim.ServeIfAsked(); asked {
+		os.Exit(code)
+	}
+	os.Exit(run(m))
+}
 
 func run(m *testing.M) int {
 	if err := exec.Command("docker", "image", "inspect", "dbsupervisor/postgres:15").Run(); err != nil {
@@ -47,11 +53,21 @@ func run(m *testing.M) int {
 // start runs a primary and a standby that serves reads.
 func start(t *testing.T, replica string, edit ...func(*cluster.Options)) (c *cluster.Cluster, primary, standby *cluster.Instance) {
 	t.Helper()
+	return startOn(t, replica, func(c *cluster.Cluster) *cluster.Instance {
+		i, err := c.Add("")
+		must(t, err)
+		return i
+	}, edit...)
+}
+
+// startOn is start with a standby of the test's own making.
+func startOn(t *testing.T, replica string, add func(*cluster.Cluster) *cluster.Instance, edit ...func(*cluster.Options)) (c *cluster.Cluster, primary, standby *cluster.Instance) {
+	t.Helper()
 	ctx := t.Context()
 	dir, err := os.MkdirTemp(env.root, "c") // short: unix sockets are below it
 	must(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	o := cluster.Options{Root: dir, Binary: env.binary, TTL: 4 * time.Second, Renew: time.Second, Margin: time.Second,
+	o := cluster.Options{Root: dir, Binary: env.binary, TTL: 6 * time.Second, Renew: time.Second, Margin: 1500 * time.Millisecond,
 		Schedule: "@every 1s", Replica: "  enabled: true\n" + replica}
 	for _, e := range edit {
 		e(&o)
@@ -66,17 +82,14 @@ func start(t *testing.T, replica string, edit ...func(*cluster.Options)) (c *clu
 			dumpLogs(t, c)
 		}
 	})
-	for i := range 2 {
-		inst, err := c.Add("")
-		must(t, err)
-		must(t, inst.Start())
-		if i == 0 {
-			within(t, time.Minute, "a primary", func() bool { return inst.Is(ctx, "primary") })
-			_, err := inst.CLI(ctx, "sync")
-			must(t, err)
-		}
-	}
-	primary, standby = c.Instances[0], c.Instances[1]
+	primary, err = c.Add("")
+	must(t, err)
+	must(t, primary.Start())
+	within(t, time.Minute, "a primary", func() bool { return primary.Is(ctx, "primary") })
+	_, err = primary.CLI(ctx, "sync")
+	must(t, err)
+	standby = add(c)
+	must(t, standby.Start())
 	within(t, time.Minute, "a replica that serves", func() bool { return standby.Is(ctx, "replica") })
 	return c, primary, standby
 }

@@ -11,6 +11,7 @@ import (
 
 // A superuser can't write to a replica, nor make it take writes.
 func TestReadOnly(t *testing.T) {
+	t.Parallel()
 	_, p, s := start(t, "  interval: 1s\n")
 	ctx := t.Context()
 	write(t, p, "create table a as select 7 as n")

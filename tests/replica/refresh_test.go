@@ -124,6 +124,7 @@ func refreshes(ctx context.Context, i *cluster.Instance) int64 {
 
 // The copy behind the read port is replaced again and again under load, and no read fails.
 func TestRefreshUnderLoad(t *testing.T) {
+	t.Parallel()
 	_, p, s := start(t, "  interval: 1s\n  drain: 30s\n")
 	ctx := t.Context()
 	stop := counter(t, p)
