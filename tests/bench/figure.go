@@ -3,6 +3,7 @@ package main
 import (
 	"math"
 	"slices"
+	"strings"
 )
 
 // figure is one measured quantity with all its samples.
@@ -156,6 +157,13 @@ func (s *section) addTail(what, unit string, v float64) *figure {
 	f := s.add(what, unit, v)
 	f.tail = true
 	return f
+}
+
+// tier says in the text how change was found.
+func (s *section) tier(name string) {
+	if t := " Tier: " + name + "."; !strings.Contains(s.how, t) {
+		s.how += t
+	}
 }
 
 // all are the section's own figures and those of the machine.

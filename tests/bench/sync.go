@@ -34,6 +34,8 @@ func syncParts() []struct {
 		run         func(*syncRun, context.Context, *section) error
 	}{
 		{"changes", "A snapshot beside other tools", (*syncRun).changes},
+		{"files", "Very many files beside other tools", (*syncRun).manyFiles},
+		{"rehash", "The rolling re-hash", (*syncRun).rehash},
 		{"freeze", "Freeze", (*syncRun).freezes},
 		{"growth", "Growth", (*syncRun).growth},
 		{"pgbench-xfs", "pgbench with and without snapshots, XFS", func(r *syncRun, ctx context.Context, s *section) error {
@@ -195,11 +197,4 @@ func output(ctx context.Context, env []string, args ...string) (string, error) {
 		return text, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, text[max(0, len(text)-500):])
 	}
 	return string(out), nil
-}
-
-// used notes the memory of a worker.
-func (r *syncRun) used(w *worker) error {
-	u, err := w.usage()
-	r.peak = max(r.peak, u.Peak)
-	return err
 }

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"time"
 
 	"dbsupervisor/internal/cgroup"
@@ -85,9 +84,7 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 				failed++
 				continue
 			}
-			if t := " Tier: " + rep.Tier + "."; !strings.Contains(s.how, t) {
-				s.how += t
-			}
+			s.tier(rep.Tier)
 			s.addTail("freeze", "ms", millis(rep.Freeze))
 			s.addTail("snapshot: time", "ms", millis(rep.Took))
 			s.add("snapshot: changed blocks", "MiB", float64(rep.Store.ChangedBytes)/mib)
@@ -98,7 +95,7 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 	}()
 	close(stop)
 	<-stopped
-	if err := errors.Join(err, r.used(w)); err != nil {
+	if err := errors.Join(err, r.resident(s, "dbsupervisor", w)); err != nil {
 		return err
 	}
 	if f := s.find("freeze"); f != nil {

@@ -102,7 +102,7 @@ func (r *syncRun) grown(ctx context.Context, s *section, size int64) (took, byte
 		s.add(what+"operations", "", float64(wire.Total()))
 		s.add(what+"source read", "MiB", float64(rep.Capture.ReadBytes+rep.Capture.FrozenBytes)/mib)
 	}
-	return t.median(), b.median(), r.used(w)
+	return t.median(), b.median(), r.resident(s, what+"dbsupervisor", w)
 }
 
 func overwrite(path string, at int64, data []byte) error {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+
+	"dbsupervisor/tests/efssim"
 )
 
 // peer is another tool that copies a directory to a share.
@@ -14,10 +16,12 @@ type peer struct {
 	env   []string
 	first []string // makes the repository, not counted; may be nil
 	copy  []string
+	// seeded says that its first copy is not counted: it is the same as another one's.
+	seeded bool
 }
 
 // peers are the tools, each with a share of its own.
-func (r *syncRun) peers(source string) ([]*peer, error) {
+func (r *syncRun) peers(source string, o efssim.Options) ([]*peer, error) {
 	local := filepath.Join(r.root, "caches")
 	if err := os.MkdirAll(local, 0o700); err != nil {
 		return nil, err
@@ -25,7 +29,7 @@ func (r *syncRun) peers(source string) ([]*peer, error) {
 	var out []*peer
 	var errs []error
 	add := func(name string, f func(at string) *peer) {
-		d, err := r.share(name, r.efs())
+		d, err := r.share(name, o)
 		if err != nil {
 			errs = append(errs, err)
 			return
@@ -38,10 +42,10 @@ func (r *syncRun) peers(source string) ([]*peer, error) {
 		return &peer{copy: []string{"rsync", "-a", "--delete", source + "/", at + "/copy/"}}
 	})
 	add("rsync-inplace", func(at string) *peer {
-		return &peer{copy: []string{"rsync", "-a", "--inplace", "--no-whole-file", "--delete", source + "/", at + "/copy/"}}
+		return &peer{seeded: true, copy: []string{"rsync", "-a", "--inplace", "--no-whole-file", "--delete", source + "/", at + "/copy/"}}
 	})
 	add("rclone", func(at string) *peer {
-		return &peer{copy: []string{"rclone", "sync", "--config", os.DevNull, "--transfers", "8", "--checkers", "16", source, at + "/copy"}}
+		return &peer{seeded: true, copy: []string{"rclone", "sync", "--config", os.DevNull, "--transfers", "8", "--checkers", "16", source, at + "/copy"}}
 	})
 	add("restic", func(at string) *peer {
 		repo := []string{"restic", "-q", "-r", at + "/repo", "--cache-dir", local + "/restic"}
@@ -63,4 +67,12 @@ func (p *peer) prepare(ctx context.Context) error {
 		return nil
 	}
 	return command(ctx, p.env, p.first...)
+}
+
+// seed makes its first copy of a directory, beside its share.
+func (p *peer) seed(ctx context.Context, source string) error {
+	if p.first == nil { // it keeps plain files
+		return command(ctx, nil, "cp", "-a", source, filepath.Join(p.share.backing, "copy"))
+	}
+	return errors.Join(p.prepare(ctx), p.run(ctx))
 }

@@ -302,6 +302,23 @@ func (e *Engine) ReadPacks(ref volsync.SnapshotRef, r *Restored) error {
 	return nil
 }
 
+// Rehashed is what a rolling re-hash has read.
+type Rehashed struct {
+	Bytes, Alarms int64
+	Took          time.Duration
+}
+
+// Rehash proves the tracker by so many bytes, as fast as it can.
+func (e *Engine) Rehash(bytes int64, r *Rehashed) error {
+	before, began := e.volume.Tracking(), time.Now()
+	if err := e.volume.Rehash(context.Background(), bytes); err != nil {
+		return err
+	}
+	after := e.volume.Tracking()
+	r.Bytes, r.Alarms, r.Took = after.RehashedBytes-before.RehashedBytes, after.Alarms-before.Alarms, time.Since(began)
+	return nil
+}
+
 // Usage is what the process has used since it began.
 type Usage struct {
 	CPU  time.Duration

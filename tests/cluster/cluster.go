@@ -43,6 +43,8 @@ type Options struct {
 	KeepAll  time.Duration // retention.all; default 1h
 	MinFree  string        // sync.min_free; default 64MiB
 	Extra    string        // more YAML, at the top level
+	// Sync and Retention are more YAML for the sections of that name, indented by two.
+	Sync, Retention string
 	// Database is more YAML for the database section, indented by two.
 	Database string
 	// Replica is YAML for the replica section, indented by two; "" leaves the section out, and
@@ -171,10 +173,10 @@ lease:
 sync:
   schedule: %q
   min_free: %s
-retention:
+%sretention:
   all: %s
   grace: %s
-http:
+%shttp:
   listen: 127.0.0.1:%d
 database:
   engine: %s
@@ -185,8 +187,8 @@ database:
     - container: %d
       host: %d
       address: 127.0.0.1
-%s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule, c.MinFree,
-		c.KeepAll, c.Grace, i.HTTP, c.Engine, c.Image, env, c.Options.Port, i.Port, c.Database, c.Extra)
+%s%s`, c.Name, i.Name, i.Share, i.Dir, i.RunDir, c.TTL, c.Renew, c.Renew, c.Margin, schedule, c.MinFree, c.Sync,
+		c.KeepAll, c.Grace, c.Retention, i.HTTP, c.Engine, c.Image, env, c.Options.Port, i.Port, c.Database, c.Extra)
 	if c.Replica != "" {
 		text += fmt.Sprintf("\nreplica:\n  ports:\n    - host: %d\n%s\n", i.ReadPort, c.Replica)
 	}
