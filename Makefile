@@ -93,7 +93,8 @@ test-kernel:
 # more random trees.
 .PHONY: test-long
 test-long: image build
-	TEST_LONG=1 go test -count=1 -timeout 2h $(ARGS) ./internal/sync/...
+	@scripts/ensure-tools.sh proxy
+	TEST_LONG=1 go test -count=1 -timeout 2h $(ARGS) ./internal/sync/... ./tests/proxy
 
 demo: image build
 	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh
@@ -108,7 +109,14 @@ bpf:
 	internal/track/bpf/build.sh
 
 bench: image build
+	@scripts/ensure-tools.sh proxy
 	@scripts/bench.sh $(ARGS)
+
+# The proxy beside haproxy, and switchovers behind it.
+.PHONY: bench-proxy
+bench-proxy: image build
+	@scripts/ensure-tools.sh proxy
+	@scripts/bench.sh -only proxy -volume 512 $(ARGS)
 
 # Quick: 3 GiB. Full: also growth from 3 to 30 GiB, which needs 90 GiB of disk.
 bench-sync: image build

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the make targets need from Debian packages; says nothing when all is there.
-#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration peers lint bpf qemu nfs
+#   ensure-tools.sh GROUP...   with GROUP one of: race model image integration peers proxy lint bpf qemu nfs
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -41,6 +41,11 @@ for group in "$@"; do
 		want rclone rclone
 		want restic restic
 		want borg borgbackup ;;
+	proxy) # what our proxy is measured beside, and the stand-in for a cloud's load balancer
+		if ! have haproxy && [ -d /run/systemd/system ]; then
+			systemctl mask --runtime -q haproxy.service # the package's must not begin to serve
+		fi
+		want haproxy haproxy
 	lint)
 		want shellcheck shellcheck ;;
 	qemu)

@@ -109,13 +109,13 @@ func (d *desk) admit(ctx context.Context, s *session) (target, error) {
 		case t := <-w.ready:
 			return t, nil
 		case <-ctx.Done():
-			return d.giveUp(w, ctx)
+			return d.giveUp(ctx, w)
 		case <-heard:
 			if s.opening.n > 0 {
 				heard = nil // it has begun to speak, and waits for an answer
 				continue
 			}
-			if _, err := d.giveUp(w, ctx); err == nil {
+			if _, err := d.giveUp(ctx, w); err == nil {
 				d.failed(s, nil) // a place that somebody else can use
 			}
 			return target{}, errGone
@@ -124,7 +124,7 @@ func (d *desk) admit(ctx context.Context, s *session) (target, error) {
 }
 
 // giveUp takes a client out of the queue, unless its turn has come meanwhile.
-func (d *desk) giveUp(w *waiter, ctx context.Context) (target, error) {
+func (d *desk) giveUp(ctx context.Context, w *waiter) (target, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	select {

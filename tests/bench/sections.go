@@ -26,6 +26,7 @@ func benchmarks() []benchmark {
 		{"freeze", "Freeze", howFreeze, (*rig).freezes},
 		{"restore-later", "Restore after many snapshots", howRestoreLater, (*rig).restore},
 		{"pgbench", "pgbench with and without snapshots", howPgbench, (*rig).pgbench},
+		{"proxy", "The proxy", howProxy, (*rig).proxy},
 		{"takeover", "Takeover", howTakeover, (*rig).takeover},
 		{"operations", "Operations on the share", howOperations, (*rig).operations},
 	}
