@@ -305,7 +305,7 @@ Counted:
 		fi
 	};
 #endif
-#if !defined(NO_PRED_READBACK) && !defined(NO_UNKNOWN)
+#if !defined(NO_PRED_CHECK) && !defined(NO_PRED_READBACK) && !defined(NO_SAME_FILE) && !defined(NO_UNKNOWN)
 	assert(file == TRUE || known_file);
 #endif
 #ifdef SHOW

@@ -54,7 +54,7 @@ runs() {
 	small gc       SHOW                -                 shown
 	small handoff  SHOW                -DW=2             shown
 	small pin      SHOW                -                 shown
-	small register NO_PRED_CHECK       -                 swap_counted|known_file
+	small register NO_PRED_CHECK       -                 swap_counted
 	small register NO_PRED_READBACK    -                 swap_counted
 	small register NO_LISTING          -                 loaded_record
 	small register NO_ASCENDING        -                 swap_counted
@@ -62,7 +62,7 @@ runs() {
 	small register NO_FRESH_NONCE      -                 swap_counted
 	small register NO_UNKNOWN          -                 swap_counted
 	small register NO_UNKNOWN_LOST     -                 swap_denied
-	small register NO_SAME_FILE        -                 swap_counted|known_file
+	small register NO_SAME_FILE        -                 swap_counted
 	small register NO_LOAD_ANCHOR      -                 loaded_record
 	small register NO_ANCHOR           -                 loaded_record
 	small register NO_INSTANT          -                 loaded_record

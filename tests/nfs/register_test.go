@@ -46,20 +46,26 @@ func TestRegister(t *testing.T) {
 }
 
 // TestOneClientID: two machines with one NFS client ID, as cloned images have it. The server
-// takes each for the other after a restart and throws its sessions away, again and again, and
-// the clients answer with errors; the register must not care.
+// takes each for the other after a restart and throws its sessions away, again and again; the
+// register must not care.
 func TestOneClientID(t *testing.T) {
 	p := build(t)
 	s := newServer(t)
 	gs := startGuests(t, p, s, "clone", "clone")
 	id := insist[string](gs[0], "Init", longTTL)
 	f := newFight(t, gs, id)
+	sessions := func() int { return s.counts(t)["CREATE_SESSION"] }
+	before := sessions()
 	for range 6 {
 		f.round("Race", 6)
 	}
 	f.check()
-	if f.errors == 0 {
-		t.Error("no operation failed: the clients are not clones")
+	// A record is made without an open file, so that a client that has lost its session just
+	// asks again: no operation need fail.
+	made := sessions() - before
+	t.Logf("%d sessions were made anew meanwhile", made)
+	if made == 0 {
+		t.Error("no session was lost: the clients are not clones")
 	}
 }
 
