@@ -4,6 +4,7 @@
 #   SOAK_COUNT=10    rounds of the fault table and the consistency test
 #   FAULTS_SCALE=68  pgbench scale of the warm volume that is taken over: 1 GiB
 #   FAULTS_TTL=10s   TTL of the leases in the fault table
+#   SOAK_RANDOM=10m  how long harm of every kind is done to three instances
 #   SOAK_FUZZ=2m     time for each fuzz test; 0 leaves them out
 #   SOAK_MODEL=yes   no leaves the models out
 set -uo pipefail
@@ -35,6 +36,7 @@ for ((n = 1; n <= count; n++)); do
 	step "faults-$n" go test -count=1 -v -timeout 60m ./tests/faults
 	step "consistency-$n" env ROUNDS=10 go test -count=1 -v -timeout 60m ./tests/consistency
 done
+step random env FAULTS_RANDOM="${SOAK_RANDOM:-10m}" go test -count=1 -v -timeout 60m -run TestRandomHarm ./tests/faults
 # Change tracking: a hundred windows of each kind.
 step track env TRACK_ROUNDS="${TRACK_ROUNDS:-100}" DBSUPERVISOR_REQUIRE_TRACKING=1 go test -count=1 -v -timeout 60m -run TestWindows ./internal/track
 step unit go test -race -count=5 -timeout 60m ./cmd/... ./internal/...

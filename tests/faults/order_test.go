@@ -38,7 +38,7 @@ func trio(t *testing.T, extra func(k int) string) (*cluster.Cluster, context.Con
 		must(t, i.Start())
 		if k == 0 {
 			must(t, second(c.WaitPrimary(ctx)))
-			must(t, second(i.CLI(ctx, "sync")))
+			synced(t, ctx, i)
 		} else {
 			must(t, i.WaitWarm(ctx))
 		}

@@ -32,7 +32,7 @@ func mounted(t *testing.T, n int, edit ...func(*cluster.Options)) (*cluster.Clus
 		must(t, inst.Start())
 		if k == 0 {
 			must(t, second(c.WaitPrimary(ctx)))
-			must(t, second(inst.CLI(ctx, "sync")))
+			synced(t, ctx, inst)
 		} else {
 			must(t, inst.WaitWarm(ctx))
 		}
