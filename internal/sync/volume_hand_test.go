@@ -146,6 +146,7 @@ func (d *volDoer) do(op volOp) error {
 type volOther struct {
 	enc *gob.Encoder
 	dec *gob.Decoder
+	pid int
 }
 
 type volReply struct {
@@ -195,7 +196,7 @@ func newVolOther(t testing.TB) *volOther {
 		_ = in.Close()
 		_ = cmd.Wait()
 	})
-	return &volOther{gob.NewEncoder(in), gob.NewDecoder(out)}
+	return &volOther{gob.NewEncoder(in), gob.NewDecoder(out), cmd.Process.Pid}
 }
 
 func (o *volOther) do(op volOp) error {

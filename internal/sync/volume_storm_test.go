@@ -22,6 +22,7 @@ import (
 //	steps  Path, N: seed, Off: how many; a storm stands still meanwhile
 type volStormer struct {
 	volDoer
+	flyer
 	mu   stdsync.Mutex // held for each step
 	stop chan struct{} // closed to end the storm; nil: there is none
 	done chan struct{}
@@ -68,6 +69,10 @@ func (s *volStormer) do(op volOp) error {
 		<-s.done
 		s.stop = nil
 		return nil
+	case "fly":
+		return s.fly(op)
+	case "land":
+		return s.land()
 	case "steps":
 		s.mu.Lock()
 		defer s.mu.Unlock()
