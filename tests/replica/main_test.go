@@ -67,7 +67,7 @@ func startOn(t *testing.T, replica string, add func(*cluster.Cluster) *cluster.I
 	dir, err := os.MkdirTemp(env.root, "c") // short: unix sockets are below it
 	must(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	o := cluster.Options{Root: dir, Binary: env.binary, TTL: 6 * time.Second, Renew: time.Second, Margin: 1500 * time.Millisecond,
+	o := cluster.Options{Root: dir, Binary: env.binary, TTL: 12 * time.Second, Renew: 2 * time.Second, Margin: 2400 * time.Millisecond,
 		Schedule: "@every 1s", Replica: "  enabled: true\n" + replica}
 	for _, e := range edit {
 		e(&o)
