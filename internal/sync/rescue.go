@@ -152,10 +152,24 @@ func (s *Store) Recatalog(ctx context.Context, head SnapshotRef, now time.Time, 
 
 // Restorable lists what the share alone shows to be restorable, newest first: the snapshots
 // that were certainly committed and, up to the newest catalog, those that it lists. It is
-// List for a copy of a store that has no register.
+// List for a copy of a store that has no register. A copy that was made while only some snapshots
+// were pinned has gaps: then it is those whose manifests are there.
 func (s *Store) Restorable(ctx context.Context, r RescueReport) ([]SnapshotInfo, error) {
 	if len(r.Committed) == 0 {
 		return nil, nil
 	}
-	return s.List(ctx, r.Committed[0].SnapshotRef, r.Catalog)
+	list, err := s.List(ctx, r.Committed[0].SnapshotRef, r.Catalog)
+	if !errors.Is(err, ErrMissing) {
+		return list, err
+	}
+	list = nil
+	for _, info := range r.Committed {
+		switch _, err := s.filesOf(ctx, info.SnapshotRef); {
+		case err == nil:
+			list = append(list, info)
+		case !errors.Is(err, ErrMissing) && !errors.Is(err, ErrDamaged):
+			return list, fmt.Errorf("list snapshots: %w", err)
+		}
+	}
+	return list, nil
 }

@@ -328,6 +328,52 @@ func TestSlowCopy(t *testing.T) {
 	}
 }
 
+// TestSlowCopyOfOne copies the share while only one snapshot is pinned: the copy has gaps, and
+// that snapshot is whole in it.
+func TestSlowCopyOfOne(t *testing.T) {
+	r := newPinRig(t, 57)
+	for range 10 {
+		r.step(t, 25, time.Minute)
+	}
+	r.condemn()
+	one, to := r.headRef(), storeMemDir(t)
+	work := func() {
+		r.step(t, 25, 3*time.Minute)
+		r.condemn()
+		r.advance(r.grace+10*time.Second, 1)
+		r.sweep()
+	}
+	err := r.s.WithPin(context.Background(), PinRequest{Snapshots: []SnapshotRef{one}, Look: r.look},
+		func(context.Context, SnapshotRef) error { return slowCopy(r.dir, to, work) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, s := context.Background(), newTestStore(t, nil, to)
+	rep, err := s.Scan(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := s.Restorable(ctx, rep)
+	if err != nil {
+		t.Fatalf("the copy can't be opened: %v", err)
+	}
+	list = slices.DeleteFunc(slices.Concat(list, rep.Unproven), func(i SnapshotInfo) bool { return i.SnapshotRef != one })
+	if len(list) != 1 {
+		t.Fatalf("the snapshot is not in the copy; proven are %v", rep.Committed)
+	}
+	found, err := s.Verify(ctx, list, nil)
+	if err != nil || len(found.Problems) > 0 {
+		t.Fatalf("%+v, %v", found.Problems, err)
+	}
+	tree, err := s.LoadTree(ctx, one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.models[one.ID].same(s, tree); err != nil {
+		t.Error(err)
+	}
+}
+
 // slowCopy copies a directory tree as rsync does, with work done between files. A file that
 // has vanished is left out.
 func slowCopy(from, to string, work func()) error {
