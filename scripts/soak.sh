@@ -39,6 +39,8 @@ done
 step random env FAULTS_RANDOM="${SOAK_RANDOM:-10m}" go test -count=1 -v -timeout 60m -run TestRandomHarm ./tests/faults
 # Change tracking: a hundred windows of each kind.
 step track env TRACK_ROUNDS="${TRACK_ROUNDS:-100}" DBSUPERVISOR_REQUIRE_TRACKING=1 go test -count=1 -v -timeout 60m -run TestWindows ./internal/track
+# Snapshots that fail in every step, ten times each, while another process changes files.
+step aborted env TEST_LONG=1 go test -count=1 -v -timeout 60m -run TestVolumeAborted ./internal/sync
 step unit go test -race -count=5 -timeout 60m ./cmd/... ./internal/...
 if [ "$fuzz" != 0 ]; then
 	# One at a time: go test -fuzz takes one test of one package.

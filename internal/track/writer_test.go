@@ -348,7 +348,7 @@ func (w *writing) copy(f *os.File) error {
 			Info: []unix.FileDedupeRangeInfo{{Dest_fd: int64(fd), Dest_offset: uint64(out) &^ 4095}},
 		})
 	case 5:
-		err = moveExtents(fd, int(from.Fd()), uint64(in)>>12, uint64(n)>>12)
+		err = w.moveExtents(fd, uint64(in)>>12, uint64(n)>>12)
 	}
 	// Not on every file system, and not on every pair of ranges.
 	for _, e := range []error{unix.EOPNOTSUPP, unix.EINVAL, unix.ENOTTY, unix.EBUSY, unix.ENODATA} {
@@ -470,7 +470,18 @@ func (w *writing) names() error {
 	return err
 }
 
-// moveExtents is what defragmentation does on ext4: the other file gets our old extents.
-func moveExtents(fd, donor int, block, blocks uint64) error {
-	return ioctlMoveExt(fd, donor, block, max(blocks, 1))
+// moveExtents is what defragmentation does on ext4: the file and one without a name get each
+// other's extents. With a name the other would have no content to compare: what is cached of it
+// stays as it was until the kernel drops it from memory, and then it is another.
+func (w *writing) moveExtents(fd int, block, blocks uint64) error {
+	blocks = max(blocks, 1)
+	donor, err := unix.Open(w.dir, unix.O_TMPFILE|unix.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(donor)
+	if err := unix.Fallocate(donor, 0, 0, int64(block+blocks)<<12); err != nil {
+		return err
+	}
+	return ioctlMoveExt(fd, donor, block, blocks)
 }
