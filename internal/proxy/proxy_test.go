@@ -348,13 +348,18 @@ func TestDatabaseClosesEarly(t *testing.T) {
 	hello := binary.BigEndian.AppendUint32(nil, 13)
 	hello = binary.BigEndian.AppendUint32(hello, pgVersion3)
 	hello = append(hello, "user\n"...)
+	const pgCancel = 80877102 // the database never answers it
+	cancel := binary.BigEndian.AppendUint32(nil, 16)
+	cancel = binary.BigEndian.AppendUint32(cancel, pgCancel)
+	cancel = append(cancel, "pid key "...)
 	for name, tt := range map[string]struct {
 		say  []byte
 		want string // "": the client is told
 	}{
-		"postgresql":    {hello, "a:" + string(hello)},
-		"anything else": {[]byte("INCR x\n"), ""},
-		"two messages":  {append(slices.Clone(hello), "INCR x\n"...), ""},
+		"postgresql's cancel": {cancel, ""},
+		"postgresql":          {hello, "a:" + string(hello)},
+		"anything else":       {[]byte("INCR x\n"), ""},
+		"two messages":        {append(slices.Clone(hello), "INCR x\n"...), ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			a := newInstance(t, "a")
