@@ -39,6 +39,24 @@ func TestFigureStatistics(t *testing.T) {
 	}
 }
 
+// TestMiddle: where the median has a goal of its own, both count.
+func TestMiddle(t *testing.T) {
+	most, middle := 15.0, 12.0
+	for _, c := range []struct {
+		samples []float64
+		want    bool
+	}{
+		{[]float64{11, 12, 15}, true},
+		{[]float64{11, 13, 14}, false}, // the median
+		{[]float64{11, 12, 16}, false}, // the highest
+	} {
+		f := &figure{samples: c.samples, goal: &most, middle: &middle}
+		if *f.met() != c.want {
+			t.Errorf("%v: met is %v", c.samples, !c.want)
+		}
+	}
+}
+
 // TestSavedRows: a goal is held against the worst sample, not the median, and a figure
 // without a goal says so with null.
 func TestSavedRows(t *testing.T) {
