@@ -29,11 +29,16 @@ func Sessions(pid int, ports []int) (int, error) {
 	return n, nil
 }
 
-// The states of /proc/net/tcp in which data may still flow to a client.
-const (
-	tcpEstablished = "01"
-	tcpCloseWait   = "08"
-)
+// flows says whether data may still be on their way to a client in a state of /proc/net/tcp:
+// not where nothing was ever connected (listening, closed), nor where all has been acknowledged
+// (FIN_WAIT2, TIME_WAIT).
+func flows(state string) bool {
+	switch state {
+	case "01", "03", "04", "08", "09", "0B", "0C": // ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING, NEW_SYN_RECV
+		return true
+	}
+	return false
+}
 
 func sessionsIn(path string, ports []int) (int, error) {
 	f, err := os.Open(path)
@@ -46,7 +51,7 @@ func sessionsIn(path string, ports []int) (int, error) {
 	for in.Scan() {
 		// "0: 0100007F:1538 0100007F:A2B4 01 ...", addresses in hexadecimal.
 		col := strings.Fields(in.Text())
-		if len(col) < 4 || col[3] != tcpEstablished && col[3] != tcpCloseWait {
+		if len(col) < 4 || !flows(col[3]) {
 			continue
 		}
 		_, port, _ := strings.Cut(col[1], ":")

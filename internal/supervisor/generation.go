@@ -35,6 +35,7 @@ type generation struct {
 	probed        boottime.Instant
 	err           string
 	drainFrom     boottime.Instant
+	busyAt        boottime.Instant // when it was last seen with sessions while it drained
 	savedFresh    boottime.Instant
 	savedAt       boottime.Instant
 }

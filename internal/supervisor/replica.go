@@ -36,9 +36,9 @@ type ReplicaConfig struct {
 const (
 	// replicaTick is how often the copies are looked at.
 	replicaTick = 200 * time.Millisecond
-	// drainGrace is how long a connection that was made at the moment of a switch may take
-	// to show up.
-	drainGrace = time.Second
+	// drainGrace is how long a copy must have been without connections to be ended: one that was
+	// made at the moment of a switch may take a while to show up behind Docker's proxy.
+	drainGrace = 2 * time.Second
 	// replicaStop is how long a copy may take to end when its sessions are cut.
 	replicaStop = 5 * time.Second
 	// correctEvery is how often it is looked whether the kernel still leads the read ports to
@@ -171,12 +171,11 @@ func (r *replica) observe() replicaObservation {
 	}
 	if g := r.draining; g != nil {
 		o.Draining = true
-		since := now.Sub(g.drainFrom)
-		o.Overdue = since > r.set.Replica.Drain
-		if since > drainGrace {
-			n, err := g.sessions()
-			o.Quiet = err == nil && n == 0
+		o.Overdue = now.Sub(g.drainFrom) > r.set.Replica.Drain
+		if n, err := g.sessions(); err != nil || n > 0 {
+			g.busyAt = now
 		}
+		o.Quiet = now.Sub(max(g.drainFrom, g.busyAt)) > drainGrace
 	}
 	o.Waiting = now < r.retryAt
 	o.Due = r.due(now)

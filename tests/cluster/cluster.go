@@ -330,7 +330,7 @@ func (i *Instance) Copies(ctx context.Context) ([]string, error) {
 // ReadURL is how a reader connects to this instance's stable read port at one of this
 // machine's addresses.
 func (i *Instance) ReadURL(address string) string {
-	return fmt.Sprintf("postgres://postgres:%s@%s:%d/postgres?connect_timeout=5&sslmode=disable", i.c.Password, address, i.ReadPort)
+	return fmt.Sprintf("postgres://postgres:%s@%s:%d/postgres?connect_timeout=30&sslmode=disable", i.c.Password, address, i.ReadPort)
 }
 
 // ReplicaLive is what an instance's /replica answers.
