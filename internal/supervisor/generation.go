@@ -318,8 +318,11 @@ func (r *replica) clearAway(base context.Context, g *generation) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(base), replicaStop+killTimeout)
 	defer cancel()
+	r.mu.Lock()
+	dead := g.dead
+	r.mu.Unlock()
 	if g.info.ID != "" {
-		if n, err := g.sessions(); err == nil && n > 0 && !g.dead {
+		if n, err := g.sessions(); err == nil && n > 0 && !dead {
 			// Those that are left learn why, if the engine says so.
 			if err := r.docker.Stop(ctx, g.info.ID, replicaStop); err != nil {
 				r.log.Warn("copy not stopped, it is killed", "error", err)
