@@ -45,7 +45,7 @@ for group in "$@"; do
 		if ! have haproxy && [ -d /run/systemd/system ]; then
 			systemctl mask --runtime -q haproxy.service # the package's must not begin to serve
 		fi
-		want haproxy haproxy
+		want haproxy haproxy ;;
 	lint)
 		want shellcheck shellcheck ;;
 	qemu)

@@ -14,7 +14,7 @@ import (
 
 func TestEveryProfileLoads(t *testing.T) {
 	names := Names()
-	if !reflect.DeepEqual(names, []string{"generic", "mariadb", "postgres", "redis"}) {
+	if !reflect.DeepEqual(names, []string{"firebird", "generic", "mariadb", "openldap", "postgres", "redis"}) {
 		t.Fatalf("names = %v", names)
 	}
 	for _, n := range names {
@@ -122,7 +122,7 @@ func TestResolve(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct{ name, db, err, hint, warning string }{
-		{name: "unknown engine", db: "{engine: oracle}", err: "c.yaml:3: database.engine: is not a known engine", hint: "known: generic,"},
+		{name: "unknown engine", db: "{engine: oracle}", err: "c.yaml:3: database.engine: is not a known engine", hint: "known: firebird, generic,"},
 		{name: "generic image", db: "{engine: generic}", err: "c.yaml:3: database.image: is required"},
 		{name: "generic data path", db: "{engine: generic, image: x}", err: "database.data_path: is required"},
 		{name: "generic ports", db: "{engine: generic, image: x, data_path: /d}", err: "database.ports: must name"},

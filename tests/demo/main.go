@@ -22,6 +22,7 @@ import (
 func main() {
 	binary := flag.String("binary", "build/dbsupervisor", "the program to show")
 	image := flag.String("image", "dbsupervisor/postgres:15", "PostgreSQL image")
+	engine := flag.String("engine", "postgres", "another engine: a short demo with its own client")
 	keep := flag.Bool("keep", false, "leave everything running at the end")
 	scale := flag.Int("scale", 10, "pgbench scale: about 15 MiB each")
 	stopOld := flag.Bool("stop", false, "end what an earlier -keep left running")
@@ -44,7 +45,11 @@ func main() {
 		return
 	}
 	d := &demo{began: time.Now(), keep: *keep, scale: *scale}
-	if err := d.run(ctx, *binary, *image); err != nil {
+	show := func() error { return d.run(ctx, *binary, *image) }
+	if *engine != "postgres" {
+		show = func() error { return d.engineDemo(ctx, *binary, *engine) }
+	}
+	if err := show(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}

@@ -4,7 +4,9 @@
 package engines
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -56,12 +58,12 @@ func newRig(t *testing.T, e workload.Engine, edit ...func(*cluster.Options)) *ri
 	if err := exec.Command("docker", "image", "inspect", e.Image).Run(); err != nil {
 		t.Fatalf("no image %s; run `make image` first", e.Image)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	root, err := os.MkdirTemp(env.root, "c") // short enough for unix sockets
 	must(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(root) })
-	o := e.Options(cluster.Options{Root: root, Binary: env.binary, TTL: 4 * time.Second, Renew: time.Second, Margin: time.Second, Schedule: "@every 2s"})
+	o := e.Options(cluster.Options{Root: root, Binary: env.binary, TTL: 8 * time.Second, Renew: 1500 * time.Millisecond, Margin: 2 * time.Second, Schedule: "@every 2s"})
 	for _, f := range edit {
 		f(&o)
 	}
@@ -123,7 +125,25 @@ func (r *rig) checkRestore(i *cluster.Instance, name string) {
 		r.t.Errorf("restored copy %s: %v", name, err)
 	}
 	lines := strings.Split(strings.TrimSpace(out), "\n")
+	r.checkDamage(dir)
 	r.t.Logf("checker on %s, last of %d lines: %s", name, len(lines), lines[len(lines)-1])
+}
+
+// checkDamage proves that the checker looks: it must complain about a copy that is damaged.
+func (r *rig) checkDamage(dir string) {
+	r.t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, r.e.Damage))
+	must(r.t, err)
+	if len(files) == 0 {
+		r.t.Fatalf("no file %s to damage", r.e.Damage)
+	}
+	f, err := os.OpenFile(files[0], os.O_WRONLY, 0)
+	must(r.t, err)
+	_, err = f.WriteAt(bytes.Repeat([]byte{0xa5}, int(r.e.DamageBytes)), r.e.DamageAt)
+	must(r.t, errors.Join(err, f.Close()))
+	if out, err := r.k.CheckCopy(r.ctx, dir); err == nil {
+		r.t.Errorf("the checker is content with a damaged copy:\n%s", out)
+	}
 }
 
 // checkLoss fails the test if a write is missing that was acknowledged before a moment.
@@ -150,7 +170,7 @@ func (r *rig) checkLoss(i *cluster.Instance, acks []cluster.Ack, safe time.Time)
 
 func (r *rig) waitWrites(w *workload.Writer, on *cluster.Instance, n int) {
 	r.t.Helper()
-	ctx, cancel := context.WithTimeout(r.ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(r.ctx, 2*time.Minute)
 	defer cancel()
 	from := len(w.Acks())
 	if err := cluster.Until(ctx, func() bool {
@@ -159,6 +179,25 @@ func (r *rig) waitWrites(w *workload.Writer, on *cluster.Instance, n int) {
 	}); err != nil {
 		r.t.Fatalf("no %d writes through %s: the writer's last error is %v", n, on.Name, w.Err())
 	}
+}
+
+// until fails the test unless the condition comes true.
+func (r *rig) until(what string, cond func() bool) {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(r.ctx, 2*time.Minute)
+	defer cancel()
+	if err := cluster.Until(ctx, cond); err != nil {
+		r.t.Fatalf("never: %s", what)
+	}
+}
+
+func (r *rig) docker(args ...string) string {
+	r.t.Helper()
+	out, err := exec.CommandContext(r.ctx, "docker", args...).CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("docker %s: %v: %s", strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(string(out))
 }
 
 // TestLife takes every engine through the same steps.

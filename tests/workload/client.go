@@ -72,9 +72,24 @@ func withOutput(err error) error {
 
 // Numbers reads what is there.
 func (k *Client) Numbers(ctx context.Context, i *cluster.Instance) (map[int64]bool, error) {
-	argv := k.e.Client(i.Port)
+	return k.NumbersAt(ctx, i.Port)
+}
+
+// Try runs statements through any port of this machine, whatever comes of them, and returns
+// what the program said.
+func (k *Client) Try(ctx context.Context, port int, statements string) string {
+	out, err := k.run(ctx, k.e.Client(port), statements)
+	if err != nil {
+		out += err.Error()
+	}
+	return out
+}
+
+// NumbersAt reads what is there through any port of this machine.
+func (k *Client) NumbersAt(ctx context.Context, port int) (map[int64]bool, error) {
+	argv := k.e.Client(port)
 	if k.e.Reader != nil {
-		argv = k.e.Reader(i.Port)
+		argv = k.e.Reader(port)
 	}
 	out, err := k.run(ctx, argv, k.e.Read)
 	if err != nil {

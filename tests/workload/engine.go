@@ -34,15 +34,21 @@ type Engine struct {
 	// another one than Client.
 	Read   string
 	Reader func(port int) []string
+	// Undo has statements by which the most powerful user might try to end read-only mode.
+	Undo func(port int) string
 	// DataPath is where Check, a script for bash, finds a copy of the volume, which no
 	// database uses. It is the engine's own opinion: another exit status than 0 says that the
 	// copy is damaged.
 	DataPath, Check string
+	// Damage is a file of a copy, as a pattern, that Check must find wrong when DamageBytes from
+	// DamageAt on have been overwritten.
+	Damage                string
+	DamageAt, DamageBytes int64
 }
 
 // Engines lists those that there are, sorted by name.
 func Engines() []Engine {
-	return []Engine{mariadb(), redis()}
+	return []Engine{firebird(), mariadb(), openldap(), redis()}
 }
 
 // Find returns the engine of that name.

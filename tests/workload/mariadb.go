@@ -10,11 +10,11 @@ func mariadb() Engine {
 		Name: "mariadb", Image: "dbsupervisor/mariadb:10", Port: 3306,
 		Env: "MARIADB_ROOT_PASSWORD=%s", Password: "MYSQL_PWD",
 		Client: func(port int) []string {
-			return []string{"mariadb", "-h", "127.0.0.1", "-P", strconv.Itoa(port), "-u", "root", "-N", "-B", "--unbuffered"}
+			return []string{"mariadb", "-h", "127.0.0.1", "-P", strconv.Itoa(port), "-u", "root", "-N", "-B", "--unbuffered", "--force"}
 		},
 		Setup: "create database shop; create table shop.acked (n bigint primary key) engine=InnoDB;\n",
 		Write: func(n int64) string {
-			return fmt.Sprintf("insert into shop.acked values (%d); select 'stored', %d;\n", n, n)
+			return fmt.Sprintf("insert into shop.acked values (%d); select 'stored', n from shop.acked where n = %d;\n", n, n)
 		},
 		Acked:    func(line string, n int64) bool { return line == fmt.Sprintf("stored\t%d", n) },
 		Read:     "select n from shop.acked;\n",
@@ -33,5 +33,9 @@ find . -name '*.ibd' | while read -r f; do innochecksum "$f" || { echo "$f"; exi
 innochecksum -e 63 ibdata1
 innochecksum -s 192 ibdata1
 echo "$(wc -l </tmp/tables) tables, $(find . -name '*.ibd' | wc -l) files"`,
+		Damage: "shop/acked.ibd", DamageAt: 3*16384 + 200, DamageBytes: 2000,
+		Undo: func(int) string {
+			return "set global read_only = 0;\ngrant all on *.* to root@'%';\nupdate mysql.global_priv set Priv = json_set(Priv, '$.access', -1);\nflush privileges;\ncreate table shop.m (n int) engine=MEMORY;\n"
+		},
 	}
 }

@@ -21,6 +21,10 @@ func redis() Engine {
 		Read:     "LRANGE acked 0 -1\n",
 		DataPath: "/data",
 		// It reads the base file and all that was appended.
-		Check: "redis-check-aof appendonlydir/appendonly.aof.manifest",
+		Check:  "redis-check-aof appendonlydir/appendonly.aof.manifest",
+		Damage: "appendonlydir/*.incr.aof", DamageAt: 100, DamageBytes: 20,
+		Undo: func(int) string {
+			return "CONFIG SET replica-read-only no\nREPLICAOF NO ONE\nSLAVEOF NO ONE\nEVAL \"return redis.call('config', 'set', 'replica-read-only', 'no')\" 0\n"
+		},
 	}
 }
