@@ -267,7 +267,7 @@ func TestCrashChild(t *testing.T) {
 }
 
 // TestStoreKilled kills a process before each of its operations on the file system (with
-// -short or by default: before some of them, CRASH_EVERY=1 for all) while it ships, commits,
+// -short or by default: before some of them; with TEST_LONG or CRASH_EVERY=1 before all) while it ships, commits,
 // condemns, compacts, deletes, pins, restores and hydrates. Then everything that is committed
 // must be whole, and the next process must get through and leave no litter.
 func TestStoreKilled(t *testing.T) {
@@ -318,6 +318,9 @@ func TestStoreKilled(t *testing.T) {
 		t.Errorf("nothing is compacted: %s", out)
 	}
 	every := int64(13)
+	if volLong() {
+		every = 1
+	}
 	if s := os.Getenv("CRASH_EVERY"); s != "" {
 		if every, err = strconv.ParseInt(s, 10, 64); err != nil {
 			t.Fatal(err)
