@@ -301,6 +301,19 @@ func TestAgentRestart(t *testing.T) {
 	until(t, "new clients are held", func() bool { return p.goes() == "" })
 }
 
+// TestOldAgent: one that tells no news by itself is asked.
+func TestOldAgent(t *testing.T) {
+	a := newInstance(t, "a")
+	a.down()
+	a.old = true
+	a.start(a.addr)
+	a.primary(1)
+	p, _ := start(t, nil, a)
+	dial(t, p).ask("one", "a")
+	a.is(api.RoleStandby, 2)
+	until(t, "new clients are held", func() bool { return p.goes() == "" })
+}
+
 // TestNameChanges: a host name leads to another instance.
 func TestNameChanges(t *testing.T) {
 	a, b := newInstance(t, "a"), newInstance(t, "b")

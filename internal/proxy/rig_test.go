@@ -28,6 +28,7 @@ type instance struct {
 	addr      string // of the health server
 	db        *backend
 	proxies   *api.Proxies
+	old       bool // it has no /proxy
 	stop      context.CancelFunc
 	ended     chan struct{}
 
@@ -66,7 +67,9 @@ func newInstance(t *testing.T, name string) *instance {
 // start runs the agent.
 func (i *instance) start(addr string) {
 	i.t.Helper()
-	i.proxies = api.NewProxies()
+	if i.proxies = api.NewProxies(); i.old {
+		i.proxies = nil
+	}
 	var h *api.Health
 	until(i.t, "port of the agent is free", func() bool {
 		var err error
