@@ -191,7 +191,10 @@ func TestRandomHarm(t *testing.T) {
 	list := harms(ctx)
 	within := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
 	for began, n := time.Now(), 0; time.Since(began) < lasts; n++ {
-		h, at := list[r.IntN(len(list))], r.IntN(3)
+		if n%len(list) == 0 {
+			r.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+		}
+		h, at := list[n%len(list)], r.IntN(3)
 		if p := c.Primary(ctx); p != nil && r.IntN(3) > 0 {
 			at = slices.Index(c.Instances, p) // most of it happens to the primary
 		}
