@@ -88,18 +88,22 @@ func (c *census) mark(n *node, name string) {
 	c.renamed[name] = true
 }
 
+// empty removes what is below a name, also if the name is no directory's: while names change
+// places a look may have met something inside of what it had met as a file, or not at all.
+func (c *census) empty(name string) {
+	for base := range c.within[name] {
+		c.remove(path.Join(name, base))
+	}
+	delete(c.within, name)
+}
+
 // remove takes a name away, and everything below it.
 func (c *census) remove(name string) {
 	delete(c.skipped, name)
+	c.empty(name)
 	n := c.names[name]
 	if n == nil {
 		return
-	}
-	if n.typ == TypeDir {
-		for base := range c.within[name] {
-			c.remove(path.Join(name, base))
-		}
-		delete(c.within, name)
 	}
 	c.mark(n, name)
 	delete(c.names, name)

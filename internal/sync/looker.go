@@ -163,6 +163,8 @@ func (l *looker) merge() []*node {
 	for name, n := range seen.names {
 		if old := l.c.names[name]; old != nil && !sameNode(old, n) {
 			l.c.remove(name)
+		} else if n.typ != TypeDir {
+			l.c.empty(name)
 		}
 	}
 	for name := range skipped {
