@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
 
 	"dbsupervisor/internal/boottime"
 	"dbsupervisor/internal/track"
@@ -19,8 +18,8 @@ import (
 // A page that is dirty raises no event when a program stores into it again through a
 // mapping, so the event is good for more than one look: until a syncfs that began after it
 // has cleaned the page. Therefore the pages that became dirty since the last syncfs began
-// (carry) are looked at again in the frozen round, and once more after the syncfs of the next
-// capture. Operations on ranges may be under way when they are
+// (carry) are looked at again in every round, the frozen one included, and once more after
+// the syncfs of the next capture. Operations on ranges may be under way when they are
 // reported: their files are looked at again too.
 type follower struct {
 	tracker tracker
@@ -31,8 +30,7 @@ type follower struct {
 	scan    func(ctx context.Context, tolerant bool, p *pending) (*scanned, error)
 	forget  func() error // makes a restart know nothing of the time before
 	stat    statDetector
-	gently  bool     // the database runs: it must not wait for the disk
-	handles *handles // of the capture that is under way; nil: none
+	gently  bool // the database runs: it must not wait for the disk
 
 	now *census // nil: everything must be scanned
 
@@ -74,9 +72,7 @@ func (f *follower) look(ctx context.Context, kind roundKind, p *pending) ([]*nod
 		if err := f.drain(ctx, f.carry); err != nil {
 			return nil, nil, err
 		}
-		if frozen { // before, it would be for nothing
-			f.todo.addAll(f.carry)
-		}
+		f.todo.addAll(f.carry)
 	}
 	rd := &trackRound{f: f, frozen: frozen, lost: f.lost != ""}
 	if frozen && (rd.lost || f.blind) {
@@ -225,14 +221,9 @@ func (f *follower) lookAtTouched(ctx context.Context, tolerant bool, p *pending)
 	for name := range f.names {
 		names = append(names, name)
 	}
-	var open []uint64
 	touched := func(ino uint64) {
 		n := f.now.byIno[ino]
 		if n == nil || n.typ != TypeRegular {
-			return
-		}
-		if f.isOpen(n) {
-			open = append(open, ino)
 			return
 		}
 		names = append(names, n.names...) // one of them may be gone
@@ -247,60 +238,9 @@ func (f *follower) lookAtTouched(ctx context.Context, tolerant bool, p *pending)
 	}
 	l := &looker{c: f.now, root: f.root, tolerant: tolerant, identify: p.identify}
 	var err error
-	if f.fresh, err = l.look(ctx, names); err != nil {
-		return err
-	}
-	f.looked += len(names) + len(open)
-	return f.lookAtOpen(ctx, open)
-}
-
-// isOpen says that an inode's stat can be had from its open file: whatever is done to its
-// names and attributes is reported by name, and what was named is looked at. But a write takes
-// capabilities away without a word, so a file with attributes of its own is looked at, too.
-func (f *follower) isOpen(n *node) bool {
-	_, ok := f.handles.get(n.key.Ino)
-	return ok && len(n.meta.XAttrs) == 0
-}
-
-// lookAtOpen brings the stats of inodes up to date that are open.
-func (f *follower) lookAtOpen(ctx context.Context, inos []uint64) error {
-	if len(inos) == 0 {
-		return nil
-	}
-	seen := make(map[uint64]bool, len(f.fresh))
-	for _, n := range f.fresh {
-		seen[n.key.Ino] = true
-	}
-	for i, ino := range inos {
-		if i%64 == 0 && ctx.Err() != nil {
-			return ctx.Err()
-		}
-		h, ok := f.handles.get(ino)
-		n := f.now.byIno[ino]
-		if n == nil || seen[ino] {
-			continue // it went with the directory that it was in, or was met there
-		}
-		var st unix.Statx_t
-		if !ok {
-			return fmt.Errorf("%q was closed while it was looked at", n.names[0])
-		}
-		if err := unix.Statx(h.fd, "", unix.AT_EMPTY_PATH, statMask, &st); err != nil {
-			return fmt.Errorf("stat %q: %w", n.names[0], err)
-		}
-		key := keyOf(&st)
-		if key.Ino != n.key.Ino || key.Birth != n.key.Birth {
-			return fmt.Errorf("%q is open as another file", n.names[0])
-		}
-		if key != n.key || n.meta.Mode != uint32(st.Mode)&0o7777 || n.meta.UID != st.Uid || n.meta.GID != st.Gid {
-			m := *n.meta // others may have it
-			m.Mode, m.UID, m.GID, m.MTime, m.Size = uint32(st.Mode)&0o7777, st.Uid, st.Gid, key.MTime, key.Size
-			n.key, n.meta = key, &m
-			f.now.ids[n.id] = true
-		}
-		n.alloc = int64(st.Blocks) * 512 // which a time need not show
-		f.fresh = append(f.fresh, n)
-	}
-	return nil
+	f.fresh, err = l.look(ctx, names)
+	f.looked += len(names)
+	return err
 }
 
 func (f *follower) considered(n *node, j *readJob) {

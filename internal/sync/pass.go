@@ -32,10 +32,6 @@ func (p *pass) run(ctx context.Context) (*Capture, error) {
 	p.handles = newHandles()
 	defer p.handles.close()
 	defer func() { p.arena.free() }()
-	if f := p.v.follow; f != nil {
-		f.handles = p.handles
-		defer func() { f.handles = nil }()
-	}
 	c := &Capture{}
 	var err error
 	if p.req.NoFreeze {
