@@ -124,7 +124,9 @@ func (w *stormView) list() (files, dirs []string) {
 	dirs = []string{w.root}
 	_ = filepath.WalkDir(w.root, func(p string, e fs.DirEntry, err error) error {
 		switch {
-		case err != nil || p == w.root:
+		case err != nil:
+			return err
+		case p == w.root:
 		case strings.HasPrefix(e.Name(), stormSpares):
 		case e.IsDir():
 			dirs = append(dirs, p)
