@@ -18,8 +18,8 @@ import (
 // A page that is dirty raises no event when a program stores into it again through a
 // mapping, so the event is good for more than one look: until a syncfs that began after it
 // has cleaned the page. Therefore the pages that became dirty since the last syncfs began
-// (carry) are looked at again in every round, the frozen one included, and once more after
-// the syncfs of the next capture. Operations on ranges may be under way when they are
+// (carry) are looked at again in the frozen round, and once more after the syncfs of the next
+// capture. Operations on ranges may be under way when they are
 // reported: their files are looked at again too.
 type follower struct {
 	tracker tracker
@@ -72,7 +72,9 @@ func (f *follower) look(ctx context.Context, kind roundKind, p *pending) ([]*nod
 		if err := f.drain(ctx, f.carry); err != nil {
 			return nil, nil, err
 		}
-		f.todo.addAll(f.carry)
+		if frozen { // before, it would be for nothing
+			f.todo.addAll(f.carry)
+		}
 	}
 	rd := &trackRound{f: f, frozen: frozen, lost: f.lost != ""}
 	if frozen && (rd.lost || f.blind) {

@@ -81,6 +81,9 @@ func (p *pass) precopy(ctx context.Context) error {
 	}
 }
 
+// tailBytes are not worth another round to have them read before the freeze.
+const tailBytes = 256 << 10
+
 // makeArena finds memory for what the freeze will have to read: about as much as the last
 // round, and what must be read again in any case.
 func (p *pass) makeArena(read int64) {
@@ -103,6 +106,11 @@ func (p *pass) enough(took time.Duration, read, before int64) (bool, roundKind, 
 		}
 		switch {
 		case ok && expected <= p.req.MaxFreeze/2 && !again:
+			if p.stats.Rounds < maxRounds && read > tailBytes && read <= before/4*3 {
+				// What was written during this round is left to the freeze. The next one is
+				// shorter, for all that it reads is open, and nothing is synced.
+				return false, roundLight, nil
+			}
 			return true, 0, nil
 		case p.stats.Rounds < maxRounds && again && expected <= p.req.MaxFreeze/2 && p.stats.Rounds%2 == 1:
 			return false, roundLight, nil
