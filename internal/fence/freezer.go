@@ -7,8 +7,6 @@ import (
 	"time"
 
 	"dbsupervisor/internal/cgroup"
-
-	"github.com/hashicorp/go-hclog"
 )
 
 // ErrFreezeBroken is returned by Freezer.Thaw when the database was not, or may not have been,
@@ -23,16 +21,13 @@ type FreezerConfig struct {
 	// Guard thaws if the caller can't. nil freezes without that safety: for tests and for
 	// containers that no client uses.
 	Guard *Guard
-	// Group is the container's. Zero means that only Pause can freeze it.
+	// Group is the container's. The container runtime's own pause is no way round a group that
+	// can't be frozen: it writes the same file, and after the caller's death nobody could undo
+	// it without the runtime.
 	Group cgroup.Group
 	// Budget is the time after which the guard thaws. It should be somewhat longer than the
 	// caller's own limit, or every capture that just keeps to that is thrown away.
 	Budget time.Duration
-	// Pause and Unpause, the container runtime's, serve where the group can't be frozen
-	// directly. Both or neither.
-	Pause, Unpause func(context.Context) error
-	// Log defaults to a null logger.
-	Log hclog.Logger
 }
 
 // Freezer stops and continues all processes of one container. It has the methods that a
@@ -42,14 +37,10 @@ type Freezer struct {
 	cfg    FreezerConfig
 	begun  bool // FreezeBegin has succeeded
 	active bool // Freeze was called and Thaw has not been
-	paused bool // by Pause
 }
 
 // NewFreezer returns a freezer for one container.
 func NewFreezer(cfg FreezerConfig) *Freezer {
-	if cfg.Log == nil {
-		cfg.Log = hclog.NewNullLogger()
-	}
 	return &Freezer{cfg: cfg}
 }
 
@@ -62,7 +53,7 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 		f.begun = true
 	}
 	f.active = true
-	err := f.freeze(ctx)
+	err := f.cfg.Group.Freeze(ctx)
 	if err == nil {
 		return nil
 	}
@@ -70,16 +61,6 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 		err = errors.Join(err, terr)
 	}
 	return fmt.Errorf("freeze database: %w", err)
-}
-
-func (f *Freezer) freeze(ctx context.Context) error {
-	err := f.cfg.Group.Freeze(ctx)
-	if err == nil || f.cfg.Pause == nil || ctx.Err() != nil {
-		return err
-	}
-	f.cfg.Log.Warn("control group can't be frozen directly, pausing the container", "error", err)
-	f.paused = true // even after an error: the runtime may have done it all the same
-	return f.cfg.Pause(ctx)
 }
 
 // Thaw lets all processes continue. It thaws in any case, also without a Freeze before it.
@@ -98,10 +79,6 @@ func (f *Freezer) Thaw() error {
 		errs = append(errs, f.cfg.Group.Thaw())
 	}
 	f.active = false
-	if f.paused {
-		errs = append(errs, f.cfg.Unpause(ctx))
-		f.paused = false
-	}
 	if f.begun {
 		f.begun = false
 		if b, err := f.cfg.Guard.FreezeEnd(ctx); b && broken == nil { // also true after an error

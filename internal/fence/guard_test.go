@@ -613,34 +613,11 @@ func TestFreezeBudgetIsChecked(t *testing.T) {
 	}
 }
 
-// Where the group can't be frozen directly the container runtime does it.
-func TestFreezerFallsBackToPause(t *testing.T) {
+// A freeze of a group that is not there fails, and is over.
+func TestFreezerWithoutGroup(t *testing.T) {
 	r := newRig(t, nil)
 	missing := cgroup.Group{Version: 2, FreezerPath: filepath.Join(t.TempDir(), "none")}
-	var calls []string
-	call := func(name string, err error) func(context.Context) error {
-		return func(context.Context) error { calls = append(calls, name); return err }
-	}
-	f := NewFreezer(FreezerConfig{Guard: r.Guard, Group: missing, Budget: time.Second, Pause: call("pause", nil), Unpause: call("unpause", nil)})
-	if err := f.Freeze(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Thaw(); !errors.Is(err, ErrFreezeBroken) { // as the group does not say that it was frozen
-		t.Fatal(err)
-	}
-	if got := strings.Join(calls, " "); got != "pause unpause" {
-		t.Fatalf("calls: %s", got)
-	}
-	calls = nil
-	bad := errors.New("daemon says no")
-	f = NewFreezer(FreezerConfig{Guard: r.Guard, Group: missing, Budget: time.Second, Pause: call("pause", bad), Unpause: call("unpause", nil)})
-	if err := f.Freeze(t.Context()); !errors.Is(err, bad) || errors.Is(err, ErrFreezeBroken) {
-		t.Fatal(err)
-	}
-	if got := strings.Join(calls, " "); got != "pause unpause" { // it may have paused all the same
-		t.Fatalf("calls: %s", got)
-	}
-	f = NewFreezer(FreezerConfig{Guard: r.Guard, Group: missing, Budget: time.Second})
+	f := NewFreezer(FreezerConfig{Guard: r.Guard, Group: missing, Budget: time.Second})
 	if err := f.Freeze(t.Context()); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}

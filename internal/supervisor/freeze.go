@@ -20,7 +20,7 @@ func (d *database) freezer(budget time.Duration) volsync.Freezer {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return &freezer{f: fence.NewFreezer(fence.FreezerConfig{
-		Guard: d.cfg.Guard, Group: d.group, Budget: budget + thawLate, Log: d.log,
+		Guard: d.cfg.Guard, Group: d.group, Budget: budget + thawLate,
 	})}
 }
 
