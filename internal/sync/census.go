@@ -9,12 +9,15 @@ import (
 // census is what is in the volume: every name and every inode. The tier "tracked" keeps it
 // from one capture to the next and looks again only at what was touched.
 type census struct {
-	names   map[string]*node
-	byID    map[FileID]*node
-	byIno   map[uint64]*node
-	within  map[string]map[string]bool // base names of what is directly inside of a directory
-	links   map[string]*node           // symbolic links
-	skipped map[string]bool            // sockets, fifos, devices
+	names map[string]*node
+	byID  map[FileID]*node
+	byIno map[uint64]*node
+	// within are the base names of what is directly inside of a directory, or of a name that is
+	// none: while names change places a look may meet what is inside of a directory that it
+	// does not meet itself. Whatever has a name can be reached from the root by within.
+	within  map[string]map[string]bool
+	links   map[string]*node // symbolic links
+	skipped map[string]bool  // sockets, fifos, devices
 
 	files, dirs int
 
@@ -73,14 +76,22 @@ func (c *census) add(n *node, name string) {
 	}
 	n.names = append(n.names, name)
 	c.names[name] = n
-	if name != "" {
+	c.reach(name)
+	c.mark(n, name)
+}
+
+// reach makes a name known to what it is within, up to what is known already.
+func (c *census) reach(name string) {
+	for name != "" {
 		dir, base := splitName(name)
+		if c.within[dir][base] {
+			return
+		}
 		if c.within[dir] == nil {
 			c.within[dir] = map[string]bool{}
 		}
-		c.within[dir][base] = true
+		c.within[dir][base], name = true, dir
 	}
-	c.mark(n, name)
 }
 
 func (c *census) mark(n *node, name string) {
@@ -88,8 +99,7 @@ func (c *census) mark(n *node, name string) {
 	c.renamed[name] = true
 }
 
-// empty removes what is below a name, also if the name is no directory's: while names change
-// places a look may have met something inside of what it had met as a file, or not at all.
+// empty removes what is below a name, also if the name is no directory's.
 func (c *census) empty(name string) {
 	for base := range c.within[name] {
 		c.remove(path.Join(name, base))
@@ -101,6 +111,10 @@ func (c *census) empty(name string) {
 func (c *census) remove(name string) {
 	delete(c.skipped, name)
 	c.empty(name)
+	if name != "" {
+		dir, base := splitName(name)
+		delete(c.within[dir], base)
+	}
 	n := c.names[name]
 	if n == nil {
 		return
@@ -108,10 +122,6 @@ func (c *census) remove(name string) {
 	c.mark(n, name)
 	delete(c.names, name)
 	delete(c.links, name)
-	if name != "" {
-		dir, base := splitName(name)
-		delete(c.within[dir], base)
-	}
 	for i, s := range n.names {
 		if s == name {
 			n.names = append(n.names[:i:i], n.names[i+1:]...)

@@ -108,7 +108,7 @@ func (n *names) drain() ([]string, string) {
 		out = append(out, name)
 	}
 	n.touched = map[string]struct{}{}
-	lost := first(n.lost, n.broken)
+	lost := first(n.broken, n.lost) // what somebody can do something about comes first
 	if n.walking {
 		lost = first(lost, rewatching)
 	}
