@@ -391,3 +391,41 @@ func mapBlocks(ctx context.Context, f blockFile, size, alloc int64, tell func(fi
 	}
 	return nil
 }
+
+// codesIn are n codes in memory that is aligned for them.
+func codesIn(mem []byte, n uint64) []code {
+	return unsafe.Slice((*code)(unsafe.Pointer(unsafe.SliceData(mem))), n)
+}
+
+// changedGroup is what is noted of the first blocks of a group of 64: of as many as there is
+// room for, for most files are small. The codes follow it in memory, then the slots.
+type changedGroup struct {
+	set  uint64 // one bit per block
+	room uint64 // blocks: groupRoom of a class
+}
+
+const groupClasses = 3
+
+// groupRoom is 4, 16 or groupBlocks.
+func groupRoom(class int) uint64 { return 4 << (2 * class) }
+
+const groupHead = 16 // bytes of changedGroup
+
+func groupSize(room uint64) int { return groupHead + int(room)*12 }
+
+func (g *changedGroup) code(i uint64) *code {
+	return (*code)(unsafe.Add(unsafe.Pointer(g), groupHead+8*i))
+}
+
+func (g *changedGroup) slot(i uint64) *uint32 {
+	return (*uint32)(unsafe.Add(unsafe.Pointer(g), groupHead+8*g.room+4*i))
+}
+
+func (g *changedGroup) has(i uint64) bool { return g.set&(1<<i) != 0 }
+
+// groupIn is an empty group in memory of groupSize(room) bytes, aligned for any word.
+func groupIn[T byte | uint64](mem []T, room uint64) *changedGroup {
+	g := (*changedGroup)(unsafe.Pointer(unsafe.SliceData(mem)))
+	g.room = room
+	return g
+}

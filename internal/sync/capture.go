@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 )
 
@@ -163,19 +164,21 @@ func (v *Volume) Adopt(c *Capture, tree *Tree) error {
 	if tree.Ref.ID == "" || len(tree.Names) != len(c.found.names) {
 		return fmt.Errorf("adopt capture: snapshot %q has %d names, the capture %d", tree.Ref.ID, len(tree.Names), len(c.found.names))
 	}
-	rec := indexRecord{From: v.base.Ref.Hash, To: tree.Ref.Hash}
+	log := v.logIndex(v.State().Copy, v.idx, v.base.Ref.Hash, tree.Ref.Hash)
 	for _, id := range c.Delta.Removed {
 		v.idx.remove(id)
-		rec.Removed = append(rec.Removed, id)
+		log.removed(id)
 	}
 	for id, w := range v.pend.work {
 		if n := c.found.byID[id]; n != nil {
-			rec.Files = append(rec.Files, v.idx.update(id, n.typ, w))
+			v.idx.update(id, n.typ, w, log.file)
 		}
 	}
 	v.base = tree
+	c.found.share(tree, maps.Keys(c.Delta.Inodes))
 	v.dropPending()
-	v.logIndex(rec)
+	log.end()
+	v.idx.tidy()
 	if v.follow != nil {
 		v.follow.adopted()
 		v.keepCarry()
@@ -193,7 +196,7 @@ func (v *Volume) Shipped(c *Capture) {
 	v.op.Lock()
 	defer v.op.Unlock()
 	if c != nil && v.out == c {
-		v.pend.close()
+		v.pend.spool.close() // Adopt needs the rest
 		c.shipped = true
 	}
 }

@@ -2,6 +2,7 @@ package sync
 
 import (
 	"fmt"
+	"iter"
 	"path"
 	"sort"
 )
@@ -193,6 +194,21 @@ func (c *census) others() []string {
 	}
 	sort.Strings(out)
 	return out
+}
+
+// shareMost bounds the extents of an inode that a node may keep alive when its file has
+// moved in the store.
+const shareMost = 2
+
+// share makes nodes that are as the tree has them refer to its inodes instead of having the
+// same once more.
+func (c *census) share(t *Tree, ids iter.Seq[FileID]) {
+	for id := range ids {
+		n, in := c.byID[id], t.Inodes[id]
+		if n != nil && in != nil && len(in.Extents) <= shareMost && sameMeta(n.meta, in) {
+			n.meta = in
+		}
+	}
 }
 
 // splitName cuts a path into its directory and its last name.

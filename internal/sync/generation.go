@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -94,6 +95,7 @@ func (v *Volume) prepare(ctx context.Context, s *Store, tree *Tree, p Progress) 
 	}
 	st := v.State()
 	a := v.applier(s, tree, p)
+	defer runtime.KeepAlive(a) // whose indexes have the codes that it uses
 	a.root, a.stage = v.sparePath(), v.spareStage()
 	var here *index
 	if st.Phase == PhaseClean {
@@ -165,7 +167,7 @@ func (v *Volume) prepare(ctx context.Context, s *Store, tree *Tree, p Progress) 
 
 // prepared makes the second copy durable and records what it is.
 func (v *Volume) prepared(ctx context.Context, a *applier) error {
-	idx, rec, err := v.indexOf(ctx, a)
+	idx, record, err := v.indexOf(ctx, a)
 	if err != nil {
 		return err
 	}
@@ -173,7 +175,7 @@ func (v *Volume) prepared(ctx context.Context, a *applier) error {
 		trimClones(a.root)
 	}
 	v.keepSpare = true
-	v.logIndexOf(v.State().Spare.Copy, idx, rec)
+	record(v.State().Spare.Copy)
 	v.keepSpare = false
 	v.spare = spareCopy{tree: a.tree, idx: idx}
 	return v.setState(func(st *VolumeState) { st.Spare.Phase, st.Spare.Base = PhaseClean, a.tree.Ref })

@@ -95,6 +95,7 @@ func (v *Volume) inPlace(ctx context.Context, s *Store, tree *Tree, p Progress) 
 	var stats HydrateStats
 	st := v.State()
 	a := v.applier(s, tree, p)
+	defer runtime.KeepAlive(a) // whose indexes have the codes that it uses
 	a.root, a.stage = v.Path(), v.stageDir()
 	if st.Phase == PhaseClean {
 		a.base, a.baseIdx, a.idx = v.localBase(ctx, s, st.Base)
@@ -222,7 +223,7 @@ func (v *Volume) markApplying() error {
 
 // hydrated makes what has been applied durable and the new baseline.
 func (v *Volume) hydrated(ctx context.Context, a *applier) error {
-	idx, rec, err := v.indexOf(ctx, a)
+	idx, record, err := v.indexOf(ctx, a)
 	if err != nil {
 		return err
 	}
@@ -230,58 +231,69 @@ func (v *Volume) hydrated(ctx context.Context, a *applier) error {
 	if err := v.setState(func(st *VolumeState) { st.Phase, st.Base, st.LiveTerm = PhaseClean, a.tree.Ref, 0 }); err != nil {
 		return err
 	}
-	v.logIndex(rec)
+	record(v.State().Copy)
 	return nil
 }
 
-// indexOf makes what has been applied durable, and an index of it with the record that
-// continues the log of the one before.
-func (v *Volume) indexOf(ctx context.Context, a *applier) (*index, indexRecord, error) {
-	rec := indexRecord{To: a.tree.Ref.Hash}
+// indexOf makes what has been applied durable, and an index of it. record logs that as the
+// index of one of the volume's copies, continuing the log of the one before.
+func (v *Volume) indexOf(ctx context.Context, a *applier) (idx *index, record func(copied string), err error) {
 	if err := os.RemoveAll(a.stage); err != nil {
-		return nil, rec, err
+		return nil, nil, err
 	}
 	det := &statDetector{root: a.root, sync: v.SyncFS}
 	rd, err := det.begin(ctx, false) // a syncfs
 	if err != nil {
-		return nil, rec, err
+		return nil, nil, err
 	}
 	// Stats only: the metadata has been compared.
 	found, err := scan(ctx, a.root, scanConfig{known: func(statKey, FileType) *Inode { return &Inode{} }})
 	if err != nil {
-		return nil, rec, err
+		return nil, nil, err
 	}
-	idx := newIndex()
-	append2 := a.idx != nil && a.idx.logged > 0
-	if append2 {
-		rec.From, idx.logged = a.idxAt, a.idx.logged
-	}
+	idx = newIndex()
 	for _, n := range found.nodes {
 		t := a.at(n.names[0])
 		if t == nil || t.in.Type != n.typ {
-			return nil, rec, fmt.Errorf("%s is not what was just written: something else writes it", a.abs(n.names[0]))
+			return nil, nil, fmt.Errorf("%s is not what was just written: something else writes it", a.abs(n.names[0]))
 		}
-		f := &indexed{typ: n.typ, key: n.key, settled: rd.settled(n.key), codes: t.codes}
-		idx.set(t.id, f)
-		if append2 {
-			var old *indexed
-			var codes []code
-			if old = a.idx.files[t.id]; old != nil {
-				codes = old.codes
-			}
-			if fr := indexFileOf(t.id, f, codes); old == nil || old.key != f.key || old.settled != f.settled || len(fr.Runs) > 0 {
-				rec.Files = append(rec.Files, fr)
-			}
+		idx.set(t.id, &indexed{typ: n.typ, key: n.key, settled: rd.settled(n.key), codes: idx.take(t.codes)})
+	}
+	from := ""
+	if a.idx != nil && a.idx.logged > 0 {
+		from, idx.logged = a.idxAt, a.idx.logged
+	}
+	return idx, func(copied string) {
+		log := v.logIndex(copied, idx, from, a.tree.Ref.Hash)
+		if !log.anew {
+			a.logDifference(idx, log)
+		}
+		log.end()
+	}, nil
+}
+
+// logDifference logs how an index differs from the one that the applier began with.
+func (a *applier) logDifference(idx *index, log *indexLog) {
+	for id := range a.idx.files {
+		if a.tree.Inodes[id] == nil {
+			log.removed(id)
 		}
 	}
-	if append2 {
-		for id := range a.idx.files {
-			if a.tree.Inodes[id] == nil {
-				rec.Removed = append(rec.Removed, id)
-			}
+	for id, f := range idx.files {
+		old := a.idx.files[id]
+		var codes []code
+		if old != nil {
+			codes = old.codes
+		}
+		var parts []indexFile
+		differs := f.describe(id, codes, func(p indexFile) { parts = append(parts, p) })
+		if old != nil && old.key == f.key && old.settled == f.settled && !differs {
+			continue
+		}
+		for _, p := range parts {
+			log.file(p)
 		}
 	}
-	return idx, rec, nil
 }
 
 // partial is what is known of a directory whose change was interrupted: the files that
@@ -301,7 +313,7 @@ func (a *applier) partial() *index {
 			continue
 		}
 		if uint64(len(codes)) == blocksOf(int64(st.Size)) {
-			idx.set(t.id, &indexed{typ: TypeRegular, key: keyOf(&st), codes: codes})
+			idx.set(t.id, &indexed{typ: TypeRegular, key: keyOf(&st), codes: idx.take(codes)})
 		}
 	}
 	return idx

@@ -7,7 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"sort"
+	"runtime"
 
 	"github.com/fxamacker/cbor/v2"
 	"github.com/zeebo/xxh3"
@@ -21,9 +21,13 @@ import (
 // It is kept in a log (state/index): one record per adopted snapshot. The log is never
 // fsynced: it is believed only in the boot in which it was written, where the page cache
 // has all of it, and only if its last record names the baseline.
+//
+// Codes are outside of the heap (mapped): there is one for each block of the volume.
 type index struct {
 	files map[FileID]*indexed
 	byIno map[uint64]FileID
+	mem   *mapped // where the codes are, which nobody else may change or keep
+	waste int64   // bytes of it that are of no use any more
 	// logged is the size of the log, 0 if there is none to append to; live is about what a
 	// log with a single record would take.
 	logged int64
@@ -37,25 +41,81 @@ type indexed struct {
 	key statKey
 	// settled says that any change since would show in the key.
 	settled bool
-	codes   []code // regular files only
-	own     bool   // nothing else refers to codes
+	codes   []code // regular files only; of the index's own memory
 }
 
+// newIndex makes an empty index.
 func newIndex() *index {
-	return &index{files: map[FileID]*indexed{}, byIno: map[uint64]FileID{}}
+	x := &index{files: map[FileID]*indexed{}, byIno: map[uint64]FileID{}}
+	x.use(&mapped{})
+	return x
+}
+
+// use takes memory over. It is given back when nobody has the index any more: whoever has
+// codes of an index must have the index.
+func (x *index) use(mem *mapped) {
+	x.mem = mem
+	runtime.AddCleanup(x, (*mapped).close, mem)
 }
 
 // set replaces what is known of an inode.
 func (x *index) set(id FileID, f *indexed) {
-	x.remove(id)
+	x.forget(id)
 	x.files[id] = f
 	if f.key.Ino != 0 {
 		x.byIno[f.key.Ino] = id
 	}
 }
 
-// update makes what was read of an inode what is known of it, and says how that differs.
-func (x *index) update(id FileID, typ FileType, w *work) indexFile {
+// take copies codes into the index's own memory.
+func (x *index) take(codes []code) []code {
+	out := x.mem.codes(uint64(len(codes)))
+	copy(out, codes)
+	return out
+}
+
+// resize makes codes, which the index no longer has otherwise, n of them; new ones are holes.
+func (x *index) resize(codes []code, n uint64) []code {
+	if n <= uint64(cap(codes)) {
+		had := uint64(len(codes))
+		codes = codes[:n]
+		if n > had {
+			clear(codes[had:])
+		}
+		return codes
+	}
+	// A file that has grown will grow again.
+	room := n
+	if len(codes) > 0 {
+		room += n / 8
+	}
+	out := x.mem.codes(room)[:n]
+	copy(out, codes)
+	x.waste += int64(cap(codes)) * 8
+	return out
+}
+
+// tidy gives back what is of no use any more where that is more than half. Nobody may have
+// codes of the index.
+func (x *index) tidy() {
+	if x.waste < 4<<20 || x.waste*2 < x.mem.taken() {
+		return
+	}
+	old := x.mem
+	x.use(&mapped{})
+	for _, f := range x.files {
+		f.codes = x.take(f.codes)
+	}
+	x.waste = 0
+	old.close()
+}
+
+// indexPart is how many codes a record has about, so that none is large.
+const indexPart = 128 << 10
+
+// update makes what was read of an inode what is known of it, and tells emit how that
+// differs, in one part or several.
+func (x *index) update(id FileID, typ FileType, w *work, emit func(indexFile)) {
 	var old []code
 	if f := x.files[id]; f != nil {
 		old = f.codes
@@ -63,17 +123,19 @@ func (x *index) update(id FileID, typ FileType, w *work) indexFile {
 	f := &indexed{typ: typ, key: w.key, settled: w.settled}
 	out := indexFile{ID: id, Type: typ, Key: f.key, Settled: f.settled, Blocks: w.blocks}
 	if typ == TypeRegular {
-		f.codes, f.own = old, true
-		if was := x.files[id]; was == nil || !was.own || uint64(len(old)) != w.blocks {
-			f.codes = resizeCodes(old, w.blocks)
-		}
+		f.codes = x.resize(old, w.blocks)
 		var run *indexRun
+		n := 0
 		// Blocks that the overlay doesn't have are as the index had them.
 		_ = w.over.each(func(b uint64, c code, _ uint32) error {
 			if b < uint64(len(old)) && b < w.valid && f.codes[b] == c {
 				return nil
 			}
 			f.codes[b] = c
+			if n++; n > indexPart {
+				emit(out)
+				out.Runs, run, n = nil, nil, 1
+			}
 			if run == nil || run.Start+uint64(len(run.Codes)/8) != b {
 				out.Runs = append(out.Runs, indexRun{Start: b})
 				run = &out.Runs[len(out.Runs)-1]
@@ -83,10 +145,18 @@ func (x *index) update(id FileID, typ FileType, w *work) indexFile {
 		})
 	}
 	x.set(id, f)
-	return out
+	emit(out)
 }
 
+// remove forgets an inode.
 func (x *index) remove(id FileID) {
+	if old := x.files[id]; old != nil {
+		x.waste += int64(cap(old.codes)) * 8
+	}
+	x.forget(id)
+}
+
+func (x *index) forget(id FileID) {
 	if old := x.files[id]; old != nil && x.byIno[old.key.Ino] == id {
 		delete(x.byIno, old.key.Ino)
 	}
@@ -100,7 +170,8 @@ func indexFromHashes(t *Tree, hashes map[PackID][]uint64) (*index, error) {
 		f := &indexed{typ: in.Type}
 		if in.Type == TypeRegular {
 			var err error
-			if f.codes, err = codesOf(in, hashes); err != nil {
+			f.codes = x.mem.codes(blocksOf(in.Size))
+			if err = codesOf(in, hashes, f.codes); err != nil {
 				return nil, fmt.Errorf("file %d of snapshot %s: %w", id, t.Ref.ID, err)
 			}
 		}
@@ -109,12 +180,11 @@ func indexFromHashes(t *Tree, hashes map[PackID][]uint64) (*index, error) {
 	return x, nil
 }
 
-// codesOf lists the codes of a file's blocks.
-func codesOf(in *Inode, hashes map[PackID][]uint64) ([]code, error) {
-	codes := make([]code, blocksOf(in.Size))
+// codesOf fills in the codes of a file's blocks, all of them holes so far.
+func codesOf(in *Inode, hashes map[PackID][]uint64, codes []code) error {
 	for _, e := range in.Extents {
 		if e.Start+e.Count > uint64(len(codes)) || e.Start+e.Count < e.Start {
-			return nil, fmt.Errorf("extent [%d,+%d) is outside of the file", e.Start, e.Count)
+			return fmt.Errorf("extent [%d,+%d) is outside of the file", e.Start, e.Count)
 		}
 		part := codes[e.Start : e.Start+e.Count]
 		switch e.Kind {
@@ -126,16 +196,16 @@ func codesOf(in *Inode, hashes map[PackID][]uint64) ([]code, error) {
 		case ExtentData:
 			h := hashes[e.Pack]
 			if e.PackBlock+e.Count > uint64(len(h)) || e.PackBlock+e.Count < e.PackBlock {
-				return nil, fmt.Errorf("extent refers to block %d of a pack with %d", e.PackBlock+e.Count-1, len(h))
+				return fmt.Errorf("extent refers to block %d of a pack with %d", e.PackBlock+e.Count-1, len(h))
 			}
 			for i := range part {
 				part[i] = codeOf(h[e.PackBlock+uint64(i)])
 			}
 		default:
-			return nil, fmt.Errorf("extent of unknown kind %d", e.Kind)
+			return fmt.Errorf("extent of unknown kind %d", e.Kind)
 		}
 	}
-	return codes, nil
+	return nil
 }
 
 // indexRecord is one entry of the log, CBOR with a length and a hash before it.
@@ -146,6 +216,8 @@ type indexRecord struct {
 	To      string      `cbor:"4,keyasint"` // hash of the snapshot that it describes
 	Files   []indexFile `cbor:"5,keyasint"`
 	Removed []FileID    `cbor:"6,keyasint"`
+	// More: records with the same From and To follow, and only all of them together count.
+	More bool `cbor:"7,keyasint,omitempty"`
 }
 
 type indexFile struct {
@@ -167,17 +239,25 @@ const (
 	indexMaxRecord = 1 << 32 // bytes; a larger index is not kept
 )
 
-func indexFileOf(id FileID, f *indexed, old []code) indexFile {
+// describe tells emit how what is known of a file differs from old, in one part or several,
+// and says whether it does.
+func (f *indexed) describe(id FileID, old []code, emit func(indexFile)) bool {
 	out := indexFile{ID: id, Type: f.typ, Key: f.key, Settled: f.settled, Blocks: uint64(len(f.codes))}
 	same := func(i int) bool { return i < len(old) && old[i] == f.codes[i] }
+	n, differs := 0, false
 	for i := 0; i < len(f.codes); {
 		if same(i) {
 			i++
 			continue
 		}
+		differs = true
 		j := i
-		for j < len(f.codes) && !same(j) {
+		for j < len(f.codes) && j-i < indexPart && !same(j) {
 			j++
+		}
+		if n += j - i; n > indexPart {
+			emit(out)
+			out.Runs, n = nil, j-i
 		}
 		b := make([]byte, 8*(j-i))
 		for k, c := range f.codes[i:j] {
@@ -186,7 +266,8 @@ func indexFileOf(id FileID, f *indexed, old []code) indexFile {
 		out.Runs = append(out.Runs, indexRun{Start: uint64(i), Codes: b})
 		i = j
 	}
-	return out
+	emit(out)
+	return differs
 }
 
 // apply brings the index forward by one record.
@@ -200,10 +281,11 @@ func (x *index) apply(r *indexRecord) error {
 			return errors.New("file of impossible size")
 		}
 		if f.Type == TypeRegular {
-			n.codes = make([]code, f.Blocks)
-			if old := x.files[f.ID]; old != nil {
-				copy(n.codes, old.codes)
+			var old []code
+			if was := x.files[f.ID]; was != nil {
+				old = was.codes
 			}
+			n.codes = x.resize(old, f.Blocks)
 		}
 		for _, run := range f.Runs {
 			k := uint64(len(run.Codes)) / 8
@@ -249,6 +331,7 @@ func (v *Volume) loadIndexOf(copied string, ref SnapshotRef) *index {
 func readIndex(f fsx.File, boot, volume string) (*index, string, error) {
 	x := newIndex()
 	var at string
+	var more *indexRecord // the record before, if it is to be continued
 	st, err := f.Stat()
 	if err != nil {
 		return nil, "", err
@@ -276,14 +359,21 @@ func readIndex(f fsx.File, boot, volume string) (*index, string, error) {
 		if r.Boot != boot || r.Volume != volume {
 			return nil, "", errors.New("record of another boot or volume")
 		}
-		if r.From != at {
+		if r.From != at || more != nil && r.To != more.To {
 			return nil, "", errors.New("record out of order")
 		}
 		if err := x.apply(&r); err != nil {
 			return nil, "", fmt.Errorf("apply record: %w", err)
 		}
-		at = r.To
+		if more = nil; r.More {
+			more = &indexRecord{To: r.To}
+		} else {
+			at = r.To
+		}
 		x.logged += indexHeader + n
+	}
+	if more != nil {
+		return nil, "", errors.New("the last record is cut off")
 	}
 	return x, at, nil
 }
@@ -296,11 +386,6 @@ func indexDecoder() cbor.DecMode {
 	return m
 }
 
-// logIndex appends what an adopted capture changed, or writes the log anew when there is
-// none or it has grown much longer than what it says. Failing costs a re-read after a
-// restart, so it is only logged.
-func (v *Volume) logIndex(rec indexRecord) { v.logIndexOf(v.State().Copy, v.idx, rec) }
-
 // indexID is what the index of a copy of the volume must name.
 func (v *Volume) indexID(copied string) string {
 	if copied == "" {
@@ -309,31 +394,96 @@ func (v *Volume) indexID(copied string) string {
 	return copied
 }
 
-// logIndexOf is logIndex for one of the volume's copies.
-func (v *Volume) logIndexOf(copied string, x *index, rec indexRecord) {
-	rec.Boot, rec.Volume = v.cfg.BootID, v.indexID(copied)
+// indexLog appends what a snapshot changed, in records of a bounded size, or writes the log
+// anew when there is none or it has grown much longer than what it says. Failing costs a
+// re-read after a restart, so it is only logged.
+type indexLog struct {
+	v      *Volume
+	copied string
+	x      *index
+	anew   bool
+	rec    indexRecord
+	size   int // about, of rec
+	err    error
+}
+
+// indexLogBytes is how large a record becomes, about.
+const indexLogBytes = 1 << 20
+
+// logIndex begins to log what leads from one snapshot to another (hashes; from is "" where
+// there was none), of one of the volume's copies. end must be called.
+func (v *Volume) logIndex(copied string, x *index, from, to string) *indexLog {
+	l := &indexLog{v: v, copied: copied, x: x}
+	l.rec = indexRecord{Boot: v.cfg.BootID, Volume: v.indexID(copied), From: from, To: to}
 	live := int64(0)
 	for _, f := range x.files {
 		live += 96 + 8*int64(len(f.codes))
 	}
 	if x.logged == 0 || x.logged > 2*live+1<<20 {
-		rec.From, rec.Removed, rec.Files = "", nil, rec.Files[:0]
-		ids := make([]FileID, 0, len(x.files))
-		for id := range x.files {
+		l.anew, l.rec.From, x.logged = true, "", 0
+	}
+	return l
+}
+
+// removed notes an inode that is gone.
+func (l *indexLog) removed(id FileID) {
+	if l.anew || l.err != nil {
+		return
+	}
+	l.rec.Removed = append(l.rec.Removed, id)
+	if l.size += 9; l.size >= indexLogBytes {
+		l.flush(true)
+	}
+}
+
+// file notes what is known of a file, or a part of it.
+func (l *indexLog) file(f indexFile) {
+	if !l.anew {
+		l.add(f)
+	}
+}
+
+func (l *indexLog) add(f indexFile) {
+	if l.err != nil {
+		return
+	}
+	l.rec.Files = append(l.rec.Files, f)
+	l.size += 96
+	for _, r := range f.Runs {
+		l.size += 16 + len(r.Codes)
+	}
+	if l.size >= indexLogBytes {
+		l.flush(true)
+	}
+}
+
+func (l *indexLog) flush(more bool) {
+	l.rec.More = more
+	l.err = l.v.appendIndex(l.v.indexOfCopy(l.copied), l.x, l.rec)
+	l.rec.Files, l.rec.Removed, l.size = nil, nil, 0
+}
+
+// end completes what was begun: from here on the log counts.
+func (l *indexLog) end() {
+	if l.anew {
+		ids := make([]FileID, 0, len(l.x.files))
+		for id := range l.x.files {
 			ids = append(ids, id)
 		}
-		sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
-		for _, id := range ids {
-			rec.Files = append(rec.Files, indexFileOf(id, x.files[id], nil))
+		for _, id := range inOrder(ids) {
+			l.x.files[id].describe(id, nil, l.add)
 		}
-		x.logged = 0
 	}
-	if err := v.appendIndex(v.indexOfCopy(copied), x, rec); err != nil {
-		x.logged = 0
-		v.log.Warn("can't keep the index; the volume will be read after a restart", "error", err)
-		if err := v.dropIndexOf(copied); err != nil {
-			v.log.Warn("can't remove the index", "error", err)
-		}
+	if l.err == nil {
+		l.flush(false)
+	}
+	if l.err == nil {
+		return
+	}
+	l.x.logged = 0
+	l.v.log.Warn("can't keep the index; the volume will be read after a restart", "error", l.err)
+	if err := l.v.dropIndexOf(l.copied); err != nil {
+		l.v.log.Warn("can't remove the index", "error", err)
 	}
 }
 

@@ -67,6 +67,7 @@ type packWriter struct {
 	mu     stdsync.Mutex
 	name   objectName
 	file   fsx.File
+	blocks uint64
 	next   int64 // where the next frame goes
 	noted  int   // frames whose place is known
 	left   int   // frames still to be written
@@ -120,8 +121,7 @@ func (s *Store) shipPacks(ctx context.Context, ship *shipment, id objectName, r 
 		name.kind, name.n = kindPack, uint64(i)
 		frames := min(w.perPack, w.frames-uint64(i)*w.perPack)
 		blocks := min(s.cfg.packBlocks, ship.total-uint64(i)*s.cfg.packBlocks)
-		w.packs[i] = &packWriter{name: name, next: packHeader, left: int(frames),
-			footer: footer{frames: make([]frame, frames), hashes: make([]uint64, blocks)}}
+		w.packs[i] = &packWriter{name: name, blocks: blocks, next: packHeader, left: int(frames)}
 	}
 	// Two goroutines more than workers, so that a write to the share doesn't idle a CPU.
 	var nextFrame atomic.Uint64
@@ -129,8 +129,10 @@ func (s *Store) shipPacks(ctx context.Context, ship *shipment, id objectName, r 
 	for range min(uint64(s.cfg.Workers)+2, w.frames) {
 		work := func() error {
 			size := min(s.cfg.frameBlocks, ship.total) * BlockSize
-			raw := make([]byte, size)
-			out := make([]byte, packHeader, packHeader+size+size/64+1024)
+			// Outside of the heap, which would keep as much again until it is collected.
+			mem := newBuffers(int(packHeader + 2*size + size/64 + 1024))
+			defer mem.free()
+			raw, out := mem.take(int64(size)), mem.rest()[:packHeader]
 			for {
 				i := nextFrame.Add(1) - 1
 				if i >= w.frames {
@@ -175,7 +177,7 @@ func (w *shipper) frame(ctx context.Context, i uint64, raw, out []byte) ([]byte,
 	}
 	p := w.packs[i/w.perPack]
 	inPack := i % w.perPack
-	hashes := p.footer.hashes[inPack*w.s.cfg.frameBlocks:]
+	hashes := p.hashes()[inPack*w.s.cfg.frameBlocks:]
 	for b := range blocks {
 		hashes[b] = xxh3.Hash(raw[b*BlockSize : (b+1)*BlockSize])
 	}
@@ -212,6 +214,17 @@ func (w *shipper) frame(ctx context.Context, i uint64, raw, out []byte) ([]byte,
 		w.progress.Set("shipping", w.done.Add(int64(len(raw))), int64(w.ship.total)*BlockSize)
 	}
 	return full, nil
+}
+
+// hashes is where the blocks' hashes go. It is made for the first frame: of a large snapshot
+// all packs together have one for each block.
+func (p *packWriter) hashes() []uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.footer.hashes == nil {
+		p.footer = footer{frames: make([]frame, p.left), hashes: make([]uint64, p.blocks)}
+	}
+	return p.footer.hashes
 }
 
 // reserve finds room for a frame, and makes the file for the first.

@@ -17,6 +17,8 @@ type pending struct {
 	ids   map[uint64]identity
 	taken map[FileID]bool // inodes of the baseline that were found by name
 	work  map[FileID]*work
+	// groups are where work notes blocks.
+	groups *groupPool
 }
 
 type identity struct {
@@ -73,10 +75,15 @@ func newPending(base *Tree, idx *index, sp *spool) *pending {
 	return &pending{
 		base: base, idx: idx, spool: sp, next: max(base.NextID, 1),
 		ids: map[uint64]identity{}, taken: map[FileID]bool{}, work: map[FileID]*work{},
+		groups: &groupPool{mem: &mapped{}},
 	}
 }
 
-func (p *pending) close() { p.spool.close() }
+func (p *pending) close() {
+	p.spool.close()
+	p.work = nil // which is not to be used any more
+	p.groups.close()
+}
 
 // lookup finds an inode by number, and by what tells it from an earlier one of that number.
 func (p *pending) lookup(key statKey, typ FileType) (FileID, bool) {
@@ -104,7 +111,9 @@ func (p *pending) known(key statKey, typ FileType) *Inode {
 		return nil
 	}
 	if f := p.idx.files[id]; f != nil && f.key == key && f.settled {
-		if in := p.base.Inodes[id]; in != nil {
+		if in := p.base.Inodes[id]; in != nil && len(in.Extents) <= shareMost {
+			return in
+		} else if in != nil {
 			return metaOf(in)
 		}
 	}
@@ -158,7 +167,7 @@ func (p *pending) consider(n *node, rd round) *readJob {
 		return nil
 	}
 	if w == nil {
-		w = &work{}
+		w = &work{over: changedBlocks{pool: p.groups}}
 		if f != nil {
 			w.base, w.valid = f.codes, uint64(len(f.codes))
 			w.blocks = w.valid

@@ -31,7 +31,7 @@ type node struct {
 	alloc int64 // bytes allocated on disk
 	// mapped is alloc when its holes were last looked at; -1: they have not been.
 	mapped int64
-	meta   *Inode // without extents; must not be changed
+	meta   *Inode // its extents mean nothing; must not be changed
 	names  []string
 	id     FileID
 }

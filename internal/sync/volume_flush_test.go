@@ -65,6 +65,26 @@ func TestVolumeShipped(t *testing.T) {
 	}
 }
 
+// TestVolumeShippedAdopted: what a capture found is in the index also when its blocks were given
+// back before: a block that becomes what it was is captured again, and nothing else is.
+func TestVolumeShippedAdopted(t *testing.T) {
+	rig := newVolRig(t)
+	v := rig.live(nil)
+	p := filepath.Join(v.Path(), "f")
+	volWrite(t, p, 0, volData(1, 3*BlockSize))
+	for _, seed := range []byte{2, 1, 2, 1} {
+		_, ref := rig.snapshot(v, CaptureRequest{}) // says Shipped
+		volSame(t, "shipped and adopted", volDescribe(t, v.Path()), rig.restored(ref))
+		c, err := v.Capture(t.Context(), CaptureRequest{Freezer: &volFreezer{}})
+		volOK(t, err)
+		if !c.Unchanged() {
+			t.Errorf("%d inodes have changed since", len(c.Delta.Inodes))
+		}
+		v.Abandon(c)
+		volWrite(t, p, BlockSize, volData(seed, BlockSize))
+	}
+}
+
 // TestTrackedWritesOutGently: what was written goes to the disk before the syncfs, unless the
 // database is stopped, and somebody may wait.
 func TestTrackedWritesOutGently(t *testing.T) {

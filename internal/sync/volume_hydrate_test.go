@@ -230,7 +230,7 @@ func TestVolumeHydrateBitRot(t *testing.T) {
 	volOK(t, err)
 	v.idx.files[v.base.Names["base/a"]].key = found.names["base/a"].key
 	v.idx.logged = 0
-	v.logIndex(indexRecord{To: one.Hash})
+	v.logIndex(v.State().Copy, v.idx, "", one.Hash).end()
 	volOK(t, v.Close())
 	v = rig.open(v.cfg.Dir, func(c *VolumeConfig) { c.BootID = "boot-2" })
 	st, err := v.Hydrate(ctx, rig.store, one, nil)

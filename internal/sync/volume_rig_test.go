@@ -280,6 +280,7 @@ func (r *volRig) snapshot(v *Volume, req CaptureRequest) (*Capture, SnapshotRef)
 	c, err := v.Capture(context.Background(), req)
 	volOK(r.t, err)
 	tree := r.write(c)
+	v.Shipped(c)
 	volOK(r.t, v.Adopt(c, tree))
 	r.head = tree
 	return c, tree.Ref
