@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"dbsupervisor/internal/cgroup"
+	"dbsupervisor/internal/fence"
 	"dbsupervisor/tests/efssim"
 )
 
@@ -29,7 +30,8 @@ func (r *syncRun) freezes(ctx context.Context, s *section) error {
 	s.how = fmt.Sprintf(`%d files of 20 KiB on XFS in a file. A process in a container overwrites 16 MiB in pages of 8 KiB,
 chosen at random among all files, again and again at full speed; before each of %d snapshots (or
 as many as can be taken in %s, unless all is measured) it is given another 16 MiB and has been through all of them once. *Freeze* is from the request to
-freeze until the thaw. *Noise* is what this machine does to a sleep of 1 ms at the same time.
+freeze until the thaw. *Freezer alone* is the least that it can be here: the same with nothing done
+in between, while the writer runs. *Noise* is what this machine does to a sleep of 1 ms at the same time.
 The share does not delay, sync.max_freeze is 250 ms; what would take longer is not taken.`, r.files, r.freezeCount, freezeTime)
 	disk, err := r.loop(ctx, "xfs", int64(r.files)*32<<10+2<<30)
 	if err != nil {
@@ -53,6 +55,9 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 	}
 	wr, err := r.startWriter(ctx, volume)
 	if err != nil {
+		return err
+	}
+	if err := freezerAlone(ctx, s, wr.group); err != nil {
 		return err
 	}
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -104,6 +109,20 @@ The share does not delay, sync.max_freeze is 250 ms; what would take longer is n
 	}
 	s.add("not taken because the freeze would have been too long", "", float64(failed))
 	s.figures = append(s.figures, late)
+	return nil
+}
+
+// freezerAlone measures what a freeze takes in which nothing is done.
+func freezerAlone(ctx context.Context, s *section, g cgroup.Group) error {
+	for range 200 {
+		f := fence.NewFreezer(fence.FreezerConfig{Group: g, Budget: time.Second})
+		began := time.Now()
+		if err := errors.Join(f.Freeze(ctx), f.Thaw()); err != nil {
+			return err
+		}
+		s.addTail("freezer alone: freeze and thaw, nothing in between", "ms", millis(time.Since(began)))
+		time.Sleep(5 * time.Millisecond)
+	}
 	return nil
 }
 
