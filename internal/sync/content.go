@@ -180,18 +180,35 @@ func (a *applier) prepare(t *target) (*os.File, error) {
 			t.codes[len(t.codes)-1] = codeUnknown // it is cut before it is written
 		}
 	}
+	todo := t.todo
 	if t.size != t.in.Size {
 		if err := f.Truncate(t.in.Size); err != nil {
 			return nil, closeWritten(f, err)
 		}
+		todo = append(t.regrown(), todo...)
 		t.size = t.in.Size
 	}
-	for _, e := range t.todo {
+	for _, e := range todo {
 		if err := a.makeZero(t, f, e); err != nil {
 			return nil, closeWritten(f, fmt.Errorf("clear range: %w", err))
 		}
 	}
 	return f, nil
+}
+
+// regrown is the block in which a file ended that has become longer, if it is to be a hole: btrfs
+// allocates it for the zeros behind the old end.
+func (t *target) regrown() []Extent {
+	at := uint64(t.size / BlockSize)
+	if t.size%BlockSize == 0 || t.size > t.in.Size {
+		return nil
+	}
+	for _, e := range t.in.Extents {
+		if e.Kind == ExtentHole && e.Start <= at && at < e.Start+e.Count {
+			return []Extent{part(e, at, 1)}
+		}
+	}
+	return nil
 }
 
 // openFile opens a file for writing. A new one is created, as a clone where there is one

@@ -383,3 +383,27 @@ func TestVolumePrepare(t *testing.T) {
 		t.Fatalf("%+v", st)
 	}
 }
+
+// TestVolumeRegrownHole: a file that ends in a hole and becomes longer keeps it, though btrfs
+// fills what is behind the old end.
+func TestVolumeRegrownHole(t *testing.T) {
+	for _, system := range loopSystems() {
+		t.Run(system, func(t *testing.T) {
+			d := newDeltaRig(t)
+			temp := volTemps(t, volLoop(t, system))
+			p := filepath.Join(d.v.Path(), "regrown")
+			volOK(t, os.WriteFile(p, nil, 0o600))
+			volOK(t, os.Truncate(p, 1))
+			_, ref := d.snapshot(d.v, CaptureRequest{NoFreeze: true})
+			clone, place := d.open(temp(), nil), d.open(temp(), func(c *VolumeConfig) { c.SpareCopy = SpareNever })
+			d.hydrate(clone, ref)
+			d.hydrate(place, ref)
+			volWrite(t, p, BlockSize, volData(3, 5000))
+			_, ref = d.snapshot(d.v, CaptureRequest{NoFreeze: true})
+			d.hydrate(clone, ref)
+			d.hydrate(place, ref)
+			volSame(t, "clone", volDescribe(t, d.v.Path()), volDescribe(t, clone.Path()))
+			volSame(t, "in place", volDescribe(t, d.v.Path()), volDescribe(t, place.Path()))
+		})
+	}
+}
