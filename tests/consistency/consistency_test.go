@@ -13,7 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,7 +22,6 @@ import (
 	"dbsupervisor/internal/boottime"
 	"dbsupervisor/internal/cgroup"
 	"dbsupervisor/internal/fence"
-	"dbsupervisor/internal/fsx"
 	volsync "dbsupervisor/internal/sync"
 )
 
@@ -73,7 +72,6 @@ type harness struct {
 	group     cgroup.Group
 	base      *volsync.Tree
 	seq       uint64
-	reading   atomic.Bool
 }
 
 func newHarness(t *testing.T) *harness {
@@ -89,7 +87,7 @@ func newHarness(t *testing.T) *harness {
 	h.store, err = volsync.OpenStore(volsync.StoreConfig{Dir: share, Log: log})
 	h.must(err)
 	h.must(h.store.Init(ctx))
-	h.volume, err = volsync.OpenVolume(volsync.VolumeConfig{Dir: filepath.Join(h.dir, "local"), FS: h.throttled(), Log: log, BootID: boot, Workers: workers, Rand: rand.Reader})
+	h.volume, err = volsync.OpenVolume(volsync.VolumeConfig{Dir: filepath.Join(h.dir, "local"), Log: log, BootID: boot, Workers: workers, Rand: rand.Reader})
 	h.must(err)
 	t.Cleanup(func() { _ = h.volume.Close() })
 	h.must(h.volume.MarkLive(ctx, 1))
@@ -122,22 +120,23 @@ func (h *harness) load() {
 	})
 }
 
-// throttled slows the reading of the volume to readRate. A capture reads files in pieces,
-// and says so before each.
-func (h *harness) throttled() fsx.FS {
-	const piece = 32 << 20
-	return &fsx.Hooked{FS: fsx.OS{}, Before: func(op fsx.Op, what string) error {
-		name, is := strings.CutPrefix(what, "capture-read ")
-		if op != fsx.OpPoint || !is || !h.reading.Load() {
-			return nil
-		}
-		size := int64(0)
-		if fi, err := os.Stat(filepath.Join(h.dir, "local", "volume", name)); err == nil {
-			size = min(fi.Size(), piece) // else it is gone by now
-		}
-		time.Sleep(time.Duration(float64(size) * workers / readRate * float64(time.Second)))
-		return nil
-	}}
+// disk is a Progress that slows the reading of the volume to readRate: a capture says after
+// each piece how much a round has read so far.
+type disk struct {
+	mu   sync.Mutex
+	last int64
+}
+
+// Set implements volsync.Progress.
+func (d *disk) Set(_ string, done, _ int64) {
+	d.mu.Lock()
+	n := done - d.last
+	if n < 0 { // another round
+		n = done
+	}
+	d.last = done
+	d.mu.Unlock()
+	time.Sleep(time.Duration(float64(n) * workers / readRate * float64(time.Second)))
 }
 
 // thawed does nothing: the mechanism switched off.
@@ -154,9 +153,7 @@ func (h *harness) round(n int, freeze bool) error {
 	if freeze {
 		freezer = fence.NewFreezer(fence.FreezerConfig{Group: h.group})
 	}
-	h.reading.Store(true)
-	c, err := h.volume.Capture(h.ctx, volsync.CaptureRequest{Freezer: freezer, MaxFreeze: time.Minute})
-	h.reading.Store(false)
+	c, err := h.volume.Capture(h.ctx, volsync.CaptureRequest{Freezer: freezer, MaxFreeze: time.Minute, Progress: &disk{}})
 	if errors.Is(err, volsync.ErrFreezeBroken) {
 		return err // the capture itself has seen files move
 	}
