@@ -332,7 +332,9 @@ func volRandom(t *testing.T, kit volKit) {
 			}
 			// More happens between the pre-copy and the freeze, and after a failure.
 			late := rapid.IntRange(0, 3).Draw(rt, "late")
-			req := CaptureRequest{Freezer: &volFreezer{}, BeforeFreeze: func(context.Context) error {
+			// Nothing but the mappings themselves tells of stores where pages are never cleaned.
+			pids := func() []int { return []int{os.Getpid()} }
+			req := CaptureRequest{Freezer: &volFreezer{}, Pids: pids, BeforeFreeze: func(context.Context) error {
 				for range late {
 					w.step()
 				}
@@ -348,7 +350,7 @@ func volRandom(t *testing.T, kit volKit) {
 				v.Abandon(c)
 				w.step()
 			case 1: // the freeze is broken
-				_, err := v.Capture(ctx, CaptureRequest{Freezer: &volFreezer{thawErr: ErrFreezeBroken}})
+				_, err := v.Capture(ctx, CaptureRequest{Freezer: &volFreezer{thawErr: ErrFreezeBroken}, Pids: pids})
 				volIs(t, err, ErrFreezeBroken)
 				w.step()
 			case 2:
