@@ -374,7 +374,14 @@ func TestCompactionOfDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	bad := bytes.Clone(whole)
-	bad[packHeader+100] ^= 1
+	p, err := r.s.openPack(first[hurt])
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = p.file.Close()                // only read
+	for _, f := range p.foot.frames { // in whatever order they were written
+		bad[f.offset+1] ^= 1
+	}
 	if err := os.WriteFile(file, bad, 0o600); err != nil {
 		t.Fatal(err)
 	}
