@@ -95,6 +95,7 @@ test-kernel:
 test-long: image build
 	@scripts/ensure-tools.sh proxy
 	TEST_LONG=1 go test -count=1 -timeout 2h $(ARGS) ./internal/sync/... ./tests/proxy
+	TEST_LONG=1 go test -count=1 -timeout 30m -run TestSlowReader ./tests/faults
 
 demo: image build
 	@KEEP=$(KEEP) STOP=$(STOP) scripts/demo.sh
