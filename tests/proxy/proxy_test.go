@@ -72,6 +72,8 @@ func TestCrash(t *testing.T) {
 	conn, err := pgx.Connect(ctx, url(c, port))
 	must(t, err)
 	defer func() { _ = conn.Close(ctx) }()
+	// What the clients write to must be in what the other one starts from.
+	within(t, ctx, time.Minute, "a snapshot has the table", func() bool { _, err := a.CLI(ctx, "sync"); return err == nil })
 	must(t, b.WaitWarm(ctx))
 	killed := time.Now()
 	must(t, a.Crash(ctx))
